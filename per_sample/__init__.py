@@ -1,0 +1,43 @@
+"""Every sample's gradient at about the price of one batched gradient."""
+
+from per_sample import rules as _rules  # noqa: F401  (fills the rule table)
+from per_sample import reference, testing
+from per_sample._batched import Batched
+from per_sample._errors import (
+    ArgumentError,
+    BatchNormError,
+    BatchSizeError,
+    DataDependentError,
+    EscapedError,
+    NotScalarError,
+    PerSampleError,
+    RandomnessError,
+    RuleError,
+    SharedWriteError,
+    UnsupportedError,
+)
+from per_sample._registry import rule
+from per_sample.explain import Explanation, explain
+from per_sample.transforms import per_sample_grad, per_sample_grad_and_value
+
+__all__ = [
+    "ArgumentError",
+    "BatchNormError",
+    "BatchSizeError",
+    "Batched",
+    "DataDependentError",
+    "EscapedError",
+    "Explanation",
+    "NotScalarError",
+    "PerSampleError",
+    "RandomnessError",
+    "RuleError",
+    "SharedWriteError",
+    "UnsupportedError",
+    "explain",
+    "per_sample_grad",
+    "per_sample_grad_and_value",
+    "reference",
+    "rule",
+    "testing",
+]

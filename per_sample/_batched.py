@@ -1,0 +1,235 @@
+"""``Batched``: a tensor that shows the program one sample's shape and holds every sample's value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from per_sample._errors import DataDependentError, EscapedError, RuleError
+from per_sample._factors import Factor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from per_sample._caller import Caller
+    from per_sample._record import Recorder
+
+_make_wrapper = torch.Tensor._make_wrapper_subclass
+
+
+@dataclass(eq=False, slots=True)
+class Context:
+    """What one call of a transform knows; every ``Batched`` of that call carries it."""
+
+    n: int
+    randomness: str = "error"
+    # The caller's functorch stack and grad mode, where they matter; None is the fast path.
+    caller: Caller | None = None
+    # The caller records derivatives, so that a closed-over tensor that requires grad would need ``caller``.
+    grad_mode: bool = False
+    # Kernels must be differentiable and free of in-place writes.
+    functional: bool = False
+    # In the backward pass a product of two per-sample matrices stays a factor.
+    backward: bool = False
+    closed: bool = False
+    recorder: Recorder | None = None
+    # Storages of the caller's tensors, which no in-place op may reach.
+    borrowed: set[int] = field(default_factory=set)
+    # Storages of plain tensors made inside the function.
+    born: set[int | None] = field(default_factory=set)
+    # Factored values not yet materialised, by id: an in-place op must not change their operands.
+    pending: dict[int, Batched] = field(default_factory=dict)
+
+    def borrow(self, x: Tensor) -> None:
+        """Remember a tensor of the caller's, so that no in-place op of the program changes it."""
+        storage = storage_of(x)
+        if storage is not None:
+            self.borrowed.add(storage)
+
+    def owns(self, x: Tensor) -> bool:
+        """Whether the program may write into a physical tensor."""
+        return storage_of(x) not in self.borrowed
+
+
+def base_of(x: Tensor) -> Tensor:
+    """The tensor below all wrappers."""
+    while True:
+        if _functorch.is_functorch_wrapped_tensor(x):
+            x = _functorch.get_unwrapped(x)
+        elif type(x) is Batched:
+            x = x.physical
+        else:
+            return x
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether the caller's autograd records what is done to a tensor, at whatever level of wrapping."""
+    while not x.requires_grad:
+        if _functorch.is_functorch_wrapped_tensor(x):
+            x = _functorch.get_unwrapped(x)
+        elif type(x) is Batched:
+            x = x.physical
+        else:
+            return False
+    return True
+
+
+def storage_of(x: Tensor) -> int | None:
+    """What identifies a tensor's memory; None where it has none."""
+    try:
+        return base_of(x).untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class Batched(torch.Tensor):
+    """One sample's view of a batch.
+
+    ``shared`` says that all samples have the same value: then the physical tensor has no sample axis. Otherwise axis 0
+    of the physical tensor is the sample axis, always. A gradient of a parameter holds a ``Factor`` until its numbers are asked for.
+    """
+
+    ctx: Context
+    shared: bool
+    factor: Factor | None
+    _value: Tensor | None
+    # Set by the interpreter, which this module cannot import.
+    dispatch: ClassVar[Callable[[Context, Any, Any, Any], Any]]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def physical(self) -> Tensor:
+        """The tensor behind it, ``[n, *shape]`` (``[*shape]`` where shared)."""
+        value = self._value
+        if value is None:
+            assert self.factor is not None
+            ctx = self.ctx
+            if ctx.recorder is not None:
+                value = ctx.recorder.materialize(self.factor, ctx.functional)
+            else:
+                value = self.factor.materialize(functional=ctx.functional)
+            self._value = value
+            self.factor = None
+            ctx.pending.pop(id(self), None)
+        return value
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return self.ctx.n
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+        # Reached only where the context's mode is not on the stack: from inside a rule, or after the transform has ended.
+        for a in torch.utils._pytree.arg_tree_leaves(*args, **(kwargs or {})):
+            if type(a) is Batched:
+                if a.ctx.closed:
+                    raise EscapedError(
+                        f"`{func}` met a per-sample tensor that outlived the transform it came from. Return such values "
+                        "from the function (with `has_aux=True`) instead of storing them outside."
+                    )
+                return cls.dispatch(a.ctx, func, args, kwargs or {})
+        return NotImplemented
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        kind = "shared" if self.shared else f"n={self.ctx.n}"
+        held = f", factor={type(self.factor).__name__}" if self.factor is not None else ""
+        return f"Batched({kind}, shape={list(self.shape)}, dtype={self.dtype}{held})"
+
+    def _no_value(self, *_: Any, **__: Any) -> NoReturn:
+        raise DataDependentError(
+            "A per-sample tensor has one value for each sample, so it has no Python value (`tolist`, `numpy`, ...) "
+            "inside the function. Return it with `has_aux=True` and convert it outside."
+        )
+
+    tolist = numpy = __array__ = _no_value  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: Any) -> Tensor:  # noqa: ARG002
+        return self.clone()
+
+
+def wrap(ctx: Context, value: Tensor) -> Batched:
+    """A per-sample tensor from its physical form ``[n, *shape]``."""
+    shape = value.shape
+    if value.is_contiguous():
+        out = _make_wrapper(Batched, shape[1:], dtype=value.dtype, device=value.device)
+    else:
+        out = _make_wrapper(
+            Batched, shape[1:], strides=value.stride()[1:], storage_offset=value.storage_offset(),
+            dtype=value.dtype, device=value.device,
+        )  # fmt: skip
+    out.ctx = ctx
+    out.shared = False
+    out.factor = None
+    out._value = value
+    return out
+
+
+def wrap_shared(ctx: Context, value: Tensor) -> Batched:
+    """A tensor that all samples share."""
+    out = _make_wrapper(
+        Batched, value.shape, strides=value.stride(), storage_offset=value.storage_offset(),
+        dtype=value.dtype, device=value.device,
+    )  # fmt: skip
+    out.ctx = ctx
+    out.shared = True
+    out.factor = None
+    out._value = value
+    return out
+
+
+def wrap_factor(ctx: Context, factor: Factor, like: Tensor) -> Batched:
+    """A gradient that stays factored; ``like`` gives dtype and device."""
+    out = _make_wrapper(Batched, factor.shape, dtype=like.dtype, device=like.device)
+    out.ctx = ctx
+    out.shared = False
+    out.factor = factor
+    out._value = None
+    ctx.pending[id(out)] = out
+    return out
+
+
+def physical(x: Tensor, n: int) -> Tensor:
+    """``x`` with a sample axis in front, ``[n, *shape]``: a per-sample tensor's own, or a shared one expanded without copying."""
+    if type(x) is Batched:
+        if not x.shared:
+            return x.physical
+        x = x.physical
+    return x.expand(n, *x.shape)
+
+
+def context_of(*args: Any) -> Context:
+    """The context of the first per-sample tensor among a rule's arguments."""
+    for a in args:
+        if type(a) is Batched:
+            return a.ctx
+        if isinstance(a, (list, tuple)):
+            for x in a:
+                if type(x) is Batched:
+                    return x.ctx
+    raise RuleError("No argument of the rule is a per-sample tensor.")
+
+
+def samples(*args: Any) -> int:
+    """The number of samples of a rule's arguments."""
+    return context_of(*args).n
+
+
+def is_batched(x: Any) -> bool:
+    """Whether ``x`` differs between samples."""
+    return type(x) is Batched and not x.shared
+
+
+def shift(dim: int, ndim: int) -> int:
+    """The physical axis of a program's axis ``dim`` of a tensor of ``ndim`` axes."""
+    return dim + 1 if dim >= 0 else dim + ndim + 1
+
+
+def shift_all(dims: Sequence[int] | None, ndim: int) -> list[int]:
+    """The physical axes of several; none, or an empty list, means all of them."""
+    return [shift(d, ndim) for d in dims] if dims else list(range(1, ndim + 1))

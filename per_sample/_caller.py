@@ -1,0 +1,163 @@
+"""The caller's context: what surrounds a transform and must see every physical op (functorch levels, autograd)."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from contextlib import ExitStack, contextmanager
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_restore_interpreter_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from per_sample._batched import Batched, is_recorded, wrap, wrap_shared
+from per_sample._errors import UnsupportedError
+from per_sample._keys import all_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from per_sample._batched import Context
+
+
+def has_derivative_level() -> bool:
+    """Whether a functorch level above takes derivatives."""
+    derivative = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    return any(level.key() in derivative for level in retrieve_all_functorch_interpreters())
+
+
+class Restart(BaseException):
+    """A closed-over tensor turned out to require grad: the call begins again with the caller's context kept."""
+
+
+class Caller:
+    """The surroundings of one call: the functorch stack above it and its grad mode."""
+
+    def __init__(self, stack: list[Any], grad_mode: bool, differentiates: bool) -> None:
+        self.stack = stack
+        self.grad_mode = grad_mode
+        self.differentiates = differentiates
+
+    @contextmanager
+    def __call__(self, *, in_dispatch: bool = True) -> Iterator[None]:
+        """Run physical ops where the caller stands, so that its levels see them.
+
+        ``in_dispatch``: called from inside ``__torch_dispatch__``, where the keys above it are switched off.
+        """
+        in_engine = torch._C._current_graph_task_id() != -1
+        # The engine turns grad mode off in a backward pass; only what the user turned off inside fn counts.
+        enabled = torch.is_grad_enabled()
+        if not enabled and not in_engine and self.differentiates:
+            _refuse_custom_function()
+        with ExitStack() as context:
+            if in_dispatch:
+                context.enter_context(all_keys())
+            if self.stack:
+                context.enter_context(temporarily_restore_interpreter_stack(self.stack))
+            context.enter_context(torch.set_grad_enabled(self.grad_mode and (enabled or in_engine)))
+            yield
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _refuse_custom_function() -> None:
+    """Inside ``Function.forward`` the caller would differentiate the forward's body instead of the custom rule."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            name = getattr(frame.f_locals.get("cls"), "__name__", "a custom function")
+            raise UnsupportedError(
+                f"`{name}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: its "
+                "`backward` would be ignored in the outer derivative. Write it with differentiable torch ops, or detach "
+                "the arguments (or use torch.no_grad()) where the outer derivative is not wanted."
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.detach_, torch.detach_, _DATA}
+
+
+class CallerMode(TorchFunctionMode):
+    """Sees what the dispatcher cannot tell: detaches written by the user, and closed-over functorch tensors."""
+
+    def __init__(self, ctx: Context, captured: set[int]) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.captured = captured
+        self.enclosing = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, CallerMode)]
+        self.lifted: dict[int, tuple[Tensor, Batched]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        kwargs = kwargs or {}
+        if func in _DETACH and type(args[0]) is Batched and args[0].ctx is self.ctx:
+            return self._detach(args[0])
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._lift, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _lift(self, x: Tensor) -> Tensor:
+        """A closed-over tensor of the caller's levels as a shared one; the pair is kept so that its id stays taken."""
+        if _functorch.is_functorch_wrapped_tensor(x):
+            assert self.ctx.caller is not None
+            # What belongs to the surroundings of a transform around this one is lifted there, by its own mode, which comes next.
+            if not self.ctx.caller.stack or any(id(x) in mode.captured for mode in self.enclosing):
+                return x
+            # Inside a functorch transform of the program's own, its wrappers look like the caller's.
+            if _functorch.peek_interpreter_stack() is not None and id(x) not in self.captured:
+                return x
+        elif not x.is_inference() or type(x) is Batched:
+            return x
+        if id(x) not in self.lifted:
+            self.lifted[id(x)] = (x, wrap_shared(self.ctx, x))
+            assert self.ctx.caller is not None
+            self.ctx.caller.differentiates |= self.ctx.grad_mode and is_recorded(x)
+        return self.lifted[id(x)][1]
+
+    def _detach(self, x: Batched) -> Batched:
+        assert self.ctx.caller is not None
+        with self.ctx.caller(in_dispatch=False):
+            value = x.physical.detach()
+        return (wrap_shared if x.shared else wrap)(self.ctx, value)
+
+
+def captured_wrappers(fn: Any) -> set[int]:
+    """The ids of the functorch tensors that a function reaches through its closure, globals, defaults and bound objects."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    waiting = [fn]
+    while waiting:
+        x = waiting.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, Tensor):
+            if _functorch.is_functorch_wrapped_tensor(x):
+                found.add(id(x))
+        elif isinstance(x, FunctionType):
+            waiting += [c.cell_contents for c in x.__closure__ or () if not _is_empty(c)]
+            waiting += [x.__globals__[name] for name in x.__code__.co_names if name in x.__globals__]
+            waiting += x.__defaults__ or ()
+        elif isinstance(x, MethodType):
+            waiting += [x.__self__, x.__func__]
+        elif isinstance(x, functools.partial):
+            waiting += [x.func, *x.args, *x.keywords.values()]
+        elif isinstance(x, dict):
+            waiting += x.values()
+        elif isinstance(x, (list, tuple, set)):
+            waiting += x
+        elif hasattr(x, "__dict__") and not isinstance(x, (type, ModuleType)):
+            waiting += vars(x).values()
+    return found
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False

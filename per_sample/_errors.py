@@ -1,0 +1,45 @@
+"""Every exception the library raises on purpose."""
+
+
+class PerSampleError(Exception):
+    """Base class of the library's own errors."""
+
+
+class ArgumentError(PerSampleError, ValueError):
+    """An argument of a transform has the wrong type, value or shape."""
+
+
+class BatchSizeError(ArgumentError):
+    """The batched arguments disagree about the number of samples, or there is none."""
+
+
+class NotScalarError(PerSampleError, ValueError):
+    """The function did not return one real scalar loss for one sample."""
+
+
+class DataDependentError(PerSampleError, RuntimeError):
+    """The function asks for the Python value of a tensor that differs between samples."""
+
+
+class SharedWriteError(PerSampleError, RuntimeError):
+    """A per-sample value would be written in place into a tensor that all samples share."""
+
+
+class BatchNormError(PerSampleError, RuntimeError):
+    """Batch normalisation in training mode mixes samples."""
+
+
+class RandomnessError(PerSampleError, RuntimeError):
+    """A random op was met that the ``randomness`` option does not allow."""
+
+
+class RuleError(PerSampleError, RuntimeError):
+    """A rule is wrongly declared, or returned something that does not fit its op."""
+
+
+class UnsupportedError(PerSampleError, NotImplementedError):
+    """An op or a combination that cannot be right is refused."""
+
+
+class EscapedError(PerSampleError, RuntimeError):
+    """A per-sample tensor was used after the transform that made it had ended."""

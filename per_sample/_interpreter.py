@@ -1,0 +1,380 @@
+"""The interpreter: every op the program runs on ``Batched`` tensors comes through ``dispatch``.
+
+Precedence for one op: no argument differs between samples: the op runs once; a rule of the table; the pointwise tag;
+the fallback. A rule that returns ``NotImplemented`` leaves the op to the fallback.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from per_sample._keys import all_keys
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from per_sample import _fallback, _registry
+from per_sample._batched import Batched, Context, storage_of, wrap, wrap_factor, wrap_shared
+from per_sample._caller import Restart
+from per_sample._errors import DataDependentError, PerSampleError, RandomnessError, RuleError, SharedWriteError, UnsupportedError
+from per_sample._factors import Factor
+from per_sample._pointwise import pointwise
+from per_sample._shapes import check_result
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Entry:
+    """All that is known of an op before its arguments are, resolved once."""
+
+    run: Any  # None: the fallback
+    route: str
+    nested: bool  # an argument is a list of tensors
+    writes: tuple[int, ...]  # positions of the arguments written in place
+    random: bool
+    foreign: bool
+
+
+_ENTRIES: dict[Any, Entry] = {}
+_registry.on_change(lambda op: _ENTRIES.pop(op, None))
+
+_DATA_DEPENDENT = {
+    aten._local_scalar_dense.default: "`.item()`, `float()`, `int()` or a branch (`if`, `bool()`)",
+    aten.is_nonzero.default: "a branch (`if`, `bool()`)",
+    aten.equal.default: "`torch.equal`",
+    aten.nonzero.default: "`nonzero`, or indexing with a mask",
+    aten.masked_select.default: "`masked_select`, or indexing with a mask",
+    aten.index.Tensor: "indexing with a mask",
+    aten.index_put.default: "indexing with a mask",
+    aten.index_put_.default: "indexing with a mask",
+    aten._unique2.default: "`unique`",
+    aten.unique_dim.default: "`unique`",
+    aten.unique_consecutive.default: "`unique_consecutive`",
+}
+
+
+_DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_MASKED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+def _has_mask(values: list[Any]) -> bool:
+    """Whether an index is a mask that differs between samples, which selects a different number of elements in each."""
+    return any(type(i) is Batched and i.dtype in (torch.bool, torch.uint8) for i in values[1])
+
+
+def _resolve(op: OpOverload) -> Entry:
+    arguments = op._schema.arguments
+    writes = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    rule = _registry.TABLE.get(op)
+    run, route, foreign = (rule.run, rule.route, rule.foreign) if rule else (None, "fallback", False)
+    random = _registry.is_random(op)
+    if rule is None and not random:
+        # `equal` is tagged pointwise too, although it returns one Python bool.
+        if torch.Tag.pointwise in op.tags and not _DATA_TAGS & set(op.tags) and "out" not in op._overloadname:
+            run, route = pointwise(op), "pointwise"
+        elif not _fallback.has_vmap_rule(op):
+            route = "loop"
+    nested = any("Tensor" in str(a.type) and "List" in str(a.type) for a in arguments)
+    entry = _ENTRIES[op] = Entry(run, route, nested, writes, random, foreign)
+    return entry
+
+
+class Interpreter(TorchDispatchMode):
+    """Brings every op run inside the function to ``dispatch``, factories and ops on plain tensors too."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, ctx: Context) -> None:
+        super().__init__()
+        self.ctx = ctx
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        return dispatch(self.ctx, func, args, kwargs or {})
+
+
+def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run one op of the program for all samples."""
+    entry = _ENTRIES.get(func)
+    if entry is None:
+        if func is aten.detach.default:
+            return _alias(ctx, args[0])
+        if isinstance(func, HigherOrderOperator):
+            return _higher_order(ctx, func, args, kwargs)
+        if func is aten._has_compatible_shallow_copy_type.default:
+            return True  # asked when `.data` of one wrapper is set to another
+        if torch.Tag.inplace_view in func.tags:
+            return _view_in_place(ctx, func, args, kwargs)
+        entry = _resolve(func)
+    batched = lifted = False
+    values = []
+    for a in args:
+        if type(a) is Batched:
+            if a.ctx is ctx:
+                if a.shared:
+                    lifted = True
+                    a = a._value
+                else:
+                    batched = True
+        elif isinstance(a, Tensor):
+            if a.requires_grad and ctx.grad_mode and ctx.caller is None:
+                _check_closure(ctx, a)
+        elif entry.nested and isinstance(a, (list, tuple)):
+            a, inner_batched, inner_lifted = _unwrap_list(ctx, a)
+            batched |= inner_batched
+            lifted |= inner_lifted
+        values.append(a)
+    if kwargs:
+        # Keyword arguments that are tensors are rare, so they take the general way.
+        items, kw_batched, kw_lifted = _unwrap_list(ctx, kwargs.values())
+        kwargs = dict(zip(kwargs, items, strict=True))
+        batched |= kw_batched
+        lifted |= kw_lifted
+    if not batched:
+        return _run_shared(ctx, entry, func, args, values, kwargs, lifted)
+    if entry.writes:
+        _check_writes(ctx, func, entry, values)
+    if ctx.recorder is not None:
+        return ctx.recorder.op(func, entry.route, lambda: _run(ctx, entry, func, args, values, kwargs))
+    return _run(ctx, entry, func, args, values, kwargs)
+
+
+Batched.dispatch = staticmethod(dispatch)
+
+
+def _alias(ctx: Context, x: Tensor) -> Tensor:
+    """Autograd detaches what it saves: the same value without this level's history, and with all of the caller's."""
+    if type(x) is not Batched or x.ctx is not ctx:
+        return x.detach()
+    if x.factor is not None:
+        return wrap_factor(ctx, x.factor, x)
+    return (wrap_shared if x.shared else wrap)(ctx, x.physical)
+
+
+def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    """`squeeze_`, `t_`, ...: the same view out of place, then the wrapper takes its sizes."""
+    x = args[0]
+    packet = getattr(aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    if type(x) is not Batched or x.ctx is not ctx:
+        return func(*args, **kwargs)
+    if packet is None or func._overloadname not in packet.overloads():
+        raise UnsupportedError(f"`{func}` changes the sizes of a per-sample tensor in place; use the form that returns a new tensor.")
+    view = dispatch(ctx, getattr(packet, func._overloadname), args, kwargs)
+    x.data = view
+    x._value = view.physical
+    return x
+
+
+def _check_closure(ctx: Context, x: Tensor) -> None:
+    """Begin again with the caller's context if a tensor that requires grad comes from outside the function.
+
+    Inside functorch transforms of the program's own, tensors born in the function require grad too; those are no concern.
+    """
+    if x.grad_fn is None:
+        leaves = [x]
+    else:
+        leaves, waiting, seen = [], [x.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            waiting += [following for following, _ in node.next_functions if following is not None]
+    if any(type(leaf) is not Batched and storage_of(leaf) not in ctx.born for leaf in leaves):
+        raise Restart
+
+
+def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
+    batched = lifted = False
+    values = []
+    for x in items:
+        if type(x) is Batched and x.ctx is ctx:
+            if x.shared:
+                lifted = True
+                x = x._value
+            else:
+                batched = True
+        elif isinstance(x, Tensor) and x.requires_grad and ctx.grad_mode and ctx.caller is None:
+            _check_closure(ctx, x)
+        values.append(x)
+    return values, batched, lifted
+
+
+def _run(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kwargs: Any) -> Any:
+    """The op on per-sample arguments."""
+    if ctx.caller is not None:
+        with ctx.caller():
+            values, kwargs = pytree.tree_map_only(Batched, lambda x: _adopt(ctx, x), (values, kwargs))
+            out = _physical(ctx, entry, func, values, kwargs)
+    else:
+        out = _physical(ctx, entry, func, values, kwargs)
+    if entry.foreign:
+        check_result(func, values, kwargs, out, ctx.n)
+    if entry.writes:
+        return _written(func, entry, args, out)
+    if isinstance(out, Tensor):
+        if type(out) is Batched and out.ctx is ctx:
+            return out
+        if out.dim() == 0 or out.shape[0] != ctx.n:
+            _refuse_shape(func, entry, out, ctx.n)
+        return wrap(ctx, out)
+    return _rewrap(ctx, entry, func, values, out)
+
+
+def _adopt(ctx: Context, x: Batched) -> Batched:
+    """Where one transform runs inside another, a tensor of the outer one must not look like one of this one's to a rule."""
+    return x if x.ctx is ctx else wrap(ctx, x.expand(ctx.n, *x.shape))
+
+
+def _physical(ctx: Context, entry: Entry, func: Any, values: list[Any], kwargs: Any) -> Any:
+    if entry.run is not None:
+        out = entry.run(*values, **kwargs)
+        if out is not NotImplemented:
+            return out
+        if ctx.recorder is not None:
+            ctx.recorder.took("fallback" if _fallback.has_vmap_rule(func) else "loop")
+    if (func in _MASKED and _has_mask(values)) or (_DATA_TAGS & set(func.tags) and func not in _MASKED):
+        raise DataDependentError(
+            f"{_DATA_DEPENDENT.get(func, f'`{func}`')} asks for the value of a tensor that differs between samples. Use `torch.where` or masks "
+            "instead of a branch, keep the value as a tensor, or return it with `has_aux=True`."
+        )
+    if entry.random and ctx.randomness == "error":
+        _refuse_random(func)
+    if ctx.caller is not None:
+        return _fall_back(ctx, func, values, kwargs)
+    with all_keys(), torch.no_grad():
+        return _fall_back(ctx, func, values, kwargs)
+
+
+def _fall_back(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
+    try:
+        return _fallback.run(func, tuple(values), kwargs, ctx.n, ctx.randomness)
+    except PerSampleError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as err:
+        raise UnsupportedError(
+            f"`{func}` failed on per-sample tensors, and it has no rule here: {err}\nIf it works on one sample, register a rule with "
+            "`per_sample.rule`, or write it with other ops."
+        ) from err
+
+
+def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kwargs: Any, lifted: bool) -> Any:
+    """An op none of whose arguments differs between samples: once for all."""
+    if entry.random and ctx.randomness != "same":
+        if ctx.randomness == "error":
+            _refuse_random(func)
+        if entry.writes:
+            raise RandomnessError(
+                f"`{func}` fills a tensor that all samples share, so every sample would get the same numbers. Make the tensor from a "
+                "per-sample one (`torch.empty_like(x)`, `x.new_empty(...)`), or pass randomness='same'."
+            )
+        with all_keys(), torch.no_grad():
+            like = torch.empty(ctx.n)
+            return wrap(ctx, _fallback.shared_draw(func, tuple(values), kwargs, like, ctx.randomness))
+    if not lifted:
+        # Plain tensors of the caller's: autograd has seen them where they live.
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and ctx.caller is None:
+            ctx.born.add(storage_of(out))
+        return out
+    if entry.writes:
+        _check_writes(ctx, func, entry, values)
+    run = functools.partial(_run_once, ctx, func, values, kwargs)
+    out = run() if ctx.recorder is None else ctx.recorder.op(func, "shared", run)
+    if entry.writes:
+        return _written(func, entry, args, out)
+    if isinstance(out, Tensor):
+        return wrap_shared(ctx, out)
+    if isinstance(out, (tuple, list)):
+        return type(out)(wrap_shared(ctx, o) if isinstance(o, Tensor) else o for o in out)
+    return out
+
+
+def _run_once(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
+    if ctx.caller is None:
+        return func(*values, **kwargs)
+    with ctx.caller():
+        return func(*values, **kwargs)
+
+
+def _check_writes(ctx: Context, func: Any, entry: Entry, values: list[Any]) -> None:
+    """An in-place op must not put one sample's value where others read, nor change a tensor of the caller's."""
+    for i in entry.writes:
+        target = values[i] if i < len(values) else None
+        if not isinstance(target, Tensor):
+            raise UnsupportedError(f"`{func}` with `out=` is not supported on per-sample tensors; use the form that returns its result.")
+        if type(target) is not Batched or target.ctx is not ctx:
+            if any(type(v) is Batched and v.ctx is ctx for v in values):
+                raise SharedWriteError(
+                    f"`{func}` writes a per-sample value into a tensor of shape {list(target.shape)} that all samples share. Make the "
+                    "target from a per-sample tensor (`x.new_zeros(...)`, `torch.zeros_like(x)`), or build the result with `torch.stack`."
+                )
+            value = target
+        else:
+            value = target.physical
+        if not ctx.owns(value):
+            raise SharedWriteError(
+                f"`{func}` would change an argument of the transform in place (shape {list(target.shape)}); inputs are never modified. "
+                "Write into a copy: `x = x.clone()` first."
+            )
+    if ctx.pending:
+        for factored in list(ctx.pending.values()):
+            factored.physical  # noqa: B018
+
+
+def _written(func: Any, entry: Entry, args: Any, out: Any) -> Any:
+    if len(func._schema.returns) == 0:
+        return None
+    written = tuple(args[i] for i in entry.writes)
+    return written if isinstance(out, (tuple, list)) else written[0]
+
+
+def _rewrap(ctx: Context, entry: Entry, func: Any, values: list[Any], out: Any) -> Any:
+    """Wrap a result that is not one tensor."""
+    if isinstance(out, Factor):
+        return wrap_factor(ctx, out, next(v for v in values if isinstance(v, Tensor)))
+    if isinstance(out, (tuple, list)):
+        return type(out)(_rewrap_one(ctx, entry, func, values, o) for o in out)
+    return out
+
+
+def _rewrap_one(ctx: Context, entry: Entry, func: Any, values: list[Any], out: Any) -> Any:
+    if not isinstance(out, Tensor):
+        return _rewrap(ctx, entry, func, values, out)
+    if type(out) is Batched and out.ctx is ctx:
+        return out
+    if out.dim() == 0 or out.shape[0] != ctx.n:
+        _refuse_shape(func, entry, out, ctx.n)
+    return wrap(ctx, out)
+
+
+def _refuse_shape(func: Any, entry: Entry, out: Tensor, n: int) -> None:
+    name = getattr(entry.run, "__qualname__", entry.route)
+    raise RuleError(
+        f"The rule `{name}` of `{func}` returned a tensor of shape {list(out.shape)}; expected the physical result, whose axis 0 is the "
+        f"sample axis of size {n}."
+    )
+
+
+def _refuse_random(func: Any) -> None:
+    raise RandomnessError(
+        f"`{func}` draws random numbers, and randomness='error' (the default) does not say whether the samples share them. Pass "
+        "randomness='different' (each sample its own) or 'same'."
+    )
+
+
+def _higher_order(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
+    leaves = pytree.arg_tree_leaves(*args, **kwargs)
+    if any(type(a) is Batched and a.ctx is ctx for a in leaves):
+        raise UnsupportedError(f"The higher-order op `{func}` has no per-sample form yet; write it with ordinary torch ops.")
+    return func(*args, **kwargs)

@@ -1,0 +1,152 @@
+"""Which algorithm computes a convolution's per-sample weight gradients, and how many samples at a time.
+
+Both are functions of shapes alone, so the same call always takes the same way.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+import torch
+
+from per_sample._kernels.conv_algorithms import merged_groups
+from per_sample._kernels.conv_geometry import ConvGeometry
+from per_sample._kernels.onednn import available, fast_mm
+
+Shape = tuple[int, ...]
+
+# What a piece of samples may touch: it should stay in the cache. `group` is one operator, best left whole.
+_PIECE_BYTES = {"fold": 6 * 2**20, "fold_merged": 6 * 2**20, "unfold": 4 * 2**20, "onednn": 1}
+
+
+def choose_conv(
+    x_shape: Shape,
+    g_shape: Shape,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    functional: bool,
+    scratch_bytes: int,
+) -> str:
+    """The algorithm for `x (n, b, c, *s)` and `g (n, b, o, *l)`.
+
+    Args:
+        x_shape: of the input.
+        g_shape: of the output gradient.
+        geometry: of the convolution.
+        dtype: of both.
+        device: of both.
+        functional: whether only differentiable operators will do.
+        scratch_bytes: memory to use beyond the result; one sample's need is always granted.
+
+    Returns:
+        A name in `ALGORITHMS`.
+    """
+    return plan_conv(x_shape, g_shape, geometry, dtype, device, functional, scratch_bytes)[0]
+
+
+@lru_cache(maxsize=4096)
+def plan_conv(
+    x_shape: Shape,
+    g_shape: Shape,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    functional: bool,
+    scratch_bytes: int,
+    override: str | None = None,
+) -> tuple[str, int]:
+    """The algorithm, `override` if given, and how many samples it takes at a time; else as `choose_conv`."""
+    if override is not None:
+        _check(override, geometry, dtype, device, functional)
+        name = override
+    elif dtype.is_complex:
+        name = "unfold"
+    elif device.type != "cpu":
+        name = _choose_elsewhere(x_shape, geometry)
+    elif geometry.groups > 1:
+        name = _choose_grouped(x_shape[2], g_shape[2], geometry)
+    else:
+        name = _choose_dense(x_shape, g_shape, geometry, dtype == torch.float32 and not functional)
+    limit = scratch_bytes
+    if device.type == "cpu":
+        limit = min(limit, _PIECE_BYTES.get(name, limit))
+    samples = limit // max(1, sample_bytes(name, x_shape, g_shape, geometry, dtype.itemsize))
+    return name, max(1, min(x_shape[0], samples))
+
+
+def sample_bytes(name: str, x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, itemsize: int) -> int:
+    """What an algorithm allocates at most for one sample, its gradient included."""
+    b, channels, *sizes = x_shape[1:]
+    padded = b * channels * prod([s + 2 * p for s, p in zip(sizes, geometry.padding, strict=True)])
+    outputs = prod(g_shape[1:])
+    gradient = prod(geometry.weight_shape(x_shape, g_shape))
+    if name == "group":
+        axes = zip(sizes, g_shape[3:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
+        offsets = prod([(s + 2 * p - step * (there - 1) - 1) // d + 1 for s, there, step, p, d in axes])
+        gradient += gradient // max(1, prod(geometry.kernel)) * offsets
+    elif name == "fold_merged":
+        gradient *= 1 + merged_groups(channels, geometry)
+    elif name in ("unfold", "onednn"):
+        padded += b * channels * prod(geometry.kernel) * prod(g_shape[3:])
+    return itemsize * (padded + outputs + gradient)
+
+
+def _choose_elsewhere(x_shape: Shape, geometry: ConvGeometry) -> str:
+    """Off the CPU a grouped weight gradient is slow and a batched product fast."""
+    if geometry.groups == 1:
+        return "unfold"
+    return "group" if x_shape[2] == geometry.groups else "fold"
+
+
+def _choose_grouped(channels: int, outputs: int, geometry: ConvGeometry) -> str:
+    taps, width = prod(geometry.kernel), channels // geometry.groups
+    if channels == geometry.groups == outputs:
+        return "group" if taps > 9 else "fold"
+    if taps == 1:
+        return "unfold"
+    # Merging multiplies the arithmetic, and pays only where a group is too narrow for vector instructions.
+    return "fold_merged" if 2 <= width <= 4 and merged_groups(channels, geometry) >= 4 else "fold"
+
+
+def _choose_dense(x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, may_use_onednn: bool) -> str:
+    channels, outputs = x_shape[2], g_shape[2]
+    taps, locations = prod(geometry.kernel), x_shape[1] * prod(g_shape[3:])
+    planar = len(geometry.kernel) == 2
+    flops = 2 * channels * outputs * taps * locations
+    slow_mm = may_use_onednn and not fast_mm()
+    if taps == 1:
+        if not slow_mm:
+            return "unfold"
+        return "onednn" if flops >= 1e7 else "fold"
+    if flops < 2e6:
+        return "unfold"
+    if channels < 16:
+        if planar and prod(g_shape[3:]) > 4096:
+            return "fold"
+        return "onednn" if slow_mm and flops > 1e7 else "unfold"
+    if locations >= 1.5 * outputs:
+        return "fold"
+    return "onednn" if slow_mm else "unfold"
+
+
+def _check(
+    name: str, geometry: ConvGeometry, dtype: torch.dtype, device: torch.device, functional: bool
+) -> None:
+    """Raise where an algorithm that the caller asked for cannot serve."""
+    if dtype.is_complex and name != "unfold":
+        raise ValueError(f"The algorithm {name!r} has no {dtype}; allowed: 'unfold'.")
+    if name != "onednn":
+        return
+    reasons = {
+        "differentiable operators (`functional=True`)": functional,
+        f"dtype {dtype}, only torch.float32": dtype != torch.float32,
+        f"device {device}, only the CPU": device.type != "cpu",
+        f"{geometry.groups} groups, only one": geometry.groups != 1,
+    }
+    for reason, unsuitable in reasons.items():
+        if unsuitable:
+            raise ValueError(f"The algorithm 'onednn' does not serve {reason}.")
+    if not available():
+        raise ValueError("The algorithm 'onednn' needs an operator that this build of torch lacks.")

@@ -1,0 +1,15 @@
+"""When a kernel must be made of ordinary differentiable operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def must_be_functional(*tensors: Tensor) -> bool:
+    """Whether anything but these tensors' values is asked for: derivatives, a transform, a trace."""
+    if any(type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter for tensor in tensors):
+        return True
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

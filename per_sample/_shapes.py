@@ -1,0 +1,52 @@
+"""What an op returns for one sample, asked of the op itself on meta tensors: the check on rules from outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from per_sample._batched import Batched
+from per_sample._errors import RuleError
+from per_sample._factors import Factor
+
+
+def check_result(op: Any, args: Any, kwargs: Any, out: Any, n: int) -> None:
+    """Raise ``RuleError`` unless a rule's result has the shapes and dtypes that the op itself would give for each sample."""
+    expected = _for_one_sample(op, args, kwargs)
+    if expected is None:
+        return
+    results = out if isinstance(out, (tuple, list)) else (out,)
+    wanted = expected if isinstance(expected, (tuple, list)) else (expected,)
+    if len(results) != len(wanted):
+        raise RuleError(f"The rule of `{op}` returned {len(results)} results; the op has {len(wanted)}.")
+    for got, want in zip(results, wanted, strict=True):
+        if not isinstance(want, Tensor) or got is None:
+            continue
+        if isinstance(got, Factor):
+            shape = (n, *got.shape)
+        elif type(got) is Batched:
+            shape = (n, *got.shape)
+        elif isinstance(got, Tensor):
+            shape = tuple(got.shape)
+        else:
+            raise RuleError(f"The rule of `{op}` returned {type(got).__name__} where the op gives a tensor.")
+        if shape != (n, *want.shape):
+            raise RuleError(
+                f"The rule of `{op}` returned shape {list(shape)}; for {n} samples the op gives {[n, *want.shape]} (sample axis first)."
+            )
+        if isinstance(got, Tensor) and got.dtype != want.dtype:
+            raise RuleError(f"The rule of `{op}` returned dtype {got.dtype}; the op gives {want.dtype}.")
+
+
+def _for_one_sample(op: Any, args: Any, kwargs: Any) -> Any:
+    def meta(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    args, kwargs = pytree.tree_map_only(Tensor, meta, (args, kwargs))
+    try:
+        return op(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):
+        return None  # an op without a meta kernel cannot be asked

@@ -1,0 +1,25 @@
+"""Pytrees by torch's own functions, which dynamo can trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves and the structure."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(spec: Any, leaves: list[Any]) -> Any:
+    """The tree of a structure and its leaves."""
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
+    """One entry of the prefix tree for each leaf of the tree; ValueError if it is none."""
+    dims = pytree._broadcast_to_and_flatten(prefix, pytree.tree_flatten(tree)[1])
+    if dims is None:
+        raise ValueError("the structures differ")
+    return dims

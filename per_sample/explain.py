@@ -1,0 +1,120 @@
+"""``explain``: which op took which route, how often, and how long it took."""
+
+from __future__ import annotations
+
+import html
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from per_sample import _arguments
+from per_sample._record import Recorder, Row
+from per_sample._run import Program
+from per_sample.transforms import outcomes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from per_sample._arguments import Argnums
+
+_MEANING = {
+    "rule": "a rule of the table, for the whole batch at once",
+    "pointwise": "runs as it is on the whole batch",
+    "shared": "no argument differs between samples: runs once",
+    "fallback": "no rule: torch.vmap runs the op for the whole batch; `per_sample.rule` can make it faster",
+    "loop": "no rule, here or in torch.vmap: one call a sample; register a rule with `per_sample.rule`",
+}
+_COLUMNS = ("op", "route", "count", "ms", "share")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The ops of one run, slowest first, and the form each parameter's gradient took."""
+
+    rows: tuple[Row, ...]
+    factors: tuple[str, ...]
+    seconds: float
+    n: int
+
+    def routes(self) -> dict[str, int]:
+        """How many ops took each route."""
+        out: dict[str, int] = {}
+        for row in self.rows:
+            out[row.route] = out.get(row.route, 0) + row.count
+        return out
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        total = sum(row.seconds for row in self.rows) or 1.0
+        return [
+            (row.op, row.route, str(row.count), f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / total:.1f}%") for row in self.rows
+        ]
+
+    def _notes(self) -> list[str]:
+        return [f"{route}: {_MEANING[route]}" for route in _MEANING if route in self.routes()]
+
+    def __str__(self) -> str:
+        cells = [_COLUMNS, *self._cells()]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(_COLUMNS))]
+        lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        ops = sum(row.count for row in self.rows)
+        head = f"{self.n} samples, {ops} ops, {1e3 * self.seconds:.2f} ms; gradients: {', '.join(self.factors)}"
+        return "\n".join([head, "", *lines, "", *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{c}</th>" for c in _COLUMNS)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._cells())
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._notes())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{notes}</ul>"
+
+
+def explain(
+    fn: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: Any = None,
+    *,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    randomness: str = "error",
+) -> Callable[..., Explanation]:
+    """Transform a per-sample loss into a function that reports how ``per_sample_grad`` runs it.
+
+    Args:
+        fn: as in ``per_sample_grad``, and so are the other arguments.
+        argnums: as in ``per_sample_grad``.
+        in_dims: as in ``per_sample_grad``.
+        has_aux: as in ``per_sample_grad``.
+        keep_batch_dim: as in ``per_sample_grad``.
+        randomness: as in ``per_sample_grad``.
+
+    Returns:
+        A function of the same arguments. It returns an ``Explanation``: a table of every op that ran, with route, count and time, which
+        prints in a terminal and in a notebook. Times are of one run, so the first call includes warm-up.
+
+    Raises:
+        ArgumentError: for options that cannot be right.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import explain
+        >>> report = explain(lambda w, x: (x @ w).square().sum())(torch.ones(3, 2), torch.ones(5, 4, 3))
+        >>> report.n, "fallback" in report.routes()
+        (5, False)
+    """
+    _arguments.check_options(fn, argnums, randomness, None)
+
+    def explained(*args: Any, **kwargs: Any) -> Explanation:
+        recorder = Recorder()
+        arguments = _arguments.read(args, argnums, in_dims)
+        program = Program(fn, kwargs, has_aux, keep_batch_dim, randomness)
+        start = time.perf_counter()
+        (outcome,) = outcomes(program, arguments, None, recorder)
+        for factor in outcome.factors:
+            recorder.materialize(factor, outcome.ctx.functional)
+        seconds = time.perf_counter() - start
+        rows = tuple(sorted(recorder.rows.values(), key=lambda row: -row.seconds))
+        return Explanation(rows, tuple(type(f).__name__ for f in outcome.factors), seconds, arguments.n)
+
+    return explained

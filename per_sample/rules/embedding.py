@@ -1,0 +1,52 @@
+"""Embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from per_sample._batched import Batched, physical, samples
+from per_sample._factors import Rows
+from per_sample._registry import rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.embedding.default)
+def embedding(
+    weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    """``padding_idx`` and the flags after it matter to the gradient alone."""
+    if type(weight) is not Batched:
+        return torch.embedding(weight, indices.physical, padding_idx, scale_grad_by_freq, sparse)
+    n, rows = weight.n, weight.shape[0]
+    index = physical(indices, n)
+    start = torch.arange(n, device=index.device).view(n, *(1,) * indices.dim()) * rows
+    return torch.embedding(weight.physical.flatten(0, 1), index + start)
+
+
+@rule(aten.embedding_dense_backward.default)
+def embedding_dense_backward(
+    grad_output: Any, indices: Any, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Any:
+    """A ``Rows`` factor; frequencies are counted within one sample."""
+    n = samples(grad_output, indices)
+    index = physical(indices, n).reshape(n, -1)
+    g = physical(grad_output, n)
+    g = g.reshape(n, index.shape[1], g.shape[-1])
+    if scale_grad_by_freq:
+        g = g / _frequencies(index, num_weights).unsqueeze(2).to(g.dtype)
+    if padding_idx >= 0:
+        index = torch.where(index == padding_idx, -1, index)
+    factor = Rows(index, g, num_weights)
+    ctx = grad_output.ctx if type(grad_output) is Batched else indices.ctx
+    return factor if ctx.backward else factor.materialize(functional=ctx.functional)
+
+
+def _frequencies(index: Tensor, rows: int) -> Tensor:
+    """How often each position's row occurs in its sample, ``[n, t]``."""
+    ones = torch.ones_like(index)
+    counts = index.new_zeros(index.shape[0], rows).scatter_add(1, index, ones)
+    return counts.gather(1, index)

@@ -1,0 +1,169 @@
+"""Pointwise ops that torch does not tag as such, and those that keep a gradient factored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from per_sample import _factors
+from per_sample._batched import Batched
+from per_sample._combinators import at_rank, pointwise_table
+from per_sample._factors import Outer
+from per_sample._pointwise import pointwise
+from per_sample._registry import rule
+
+aten = torch.ops.aten
+
+pointwise_table(
+    aten.fill.Scalar,
+    aten.fill_.Scalar,
+    aten.zero_.default,
+    aten.masked_fill_.Scalar,
+    aten.hardtanh_backward.default,
+    aten.elu_backward.default,
+    aten.softplus_backward.default,
+    aten.leaky_relu_backward.default,
+    aten.hardswish_backward.default,
+    aten.hardsigmoid_backward.default,
+    aten.hardshrink_backward.default,
+    aten.softshrink_backward.default,
+    aten.rrelu_with_noise_backward.default,
+    aten.polar.default,
+    aten.complex.default,
+    aten._prelu_kernel.default,
+    aten._prelu_kernel_backward.default,
+)
+
+_mul = pointwise(aten.mul.Tensor)
+_div = pointwise(aten.div.Tensor)
+_add = pointwise(aten.add.Tensor)
+_neg = pointwise(aten.neg.default)
+
+
+def _is_scale(x: Any, of: Tensor) -> bool:
+    """Whether ``x`` is one number that all samples share and that keeps the dtype of ``of``."""
+    if isinstance(x, Tensor):
+        return type(x) is not Batched and x.dim() == 0 and x.is_complex() <= of.is_complex() and x.device == of.device
+    return isinstance(x, (int, float)) or of.is_complex()
+
+
+def _is_outer_product(a: Any, b: Any) -> bool:
+    """Whether ``a * b`` is a column times a row, as the backward of ``mv`` and of ``outer`` writes a weight's gradient."""
+    return (
+        type(a) is Batched
+        and type(b) is Batched
+        and a.ctx.backward
+        and a.dim() == 2
+        and a.shape[1] == 1
+        and (b.dim() == 1 or (b.dim() == 2 and b.shape[0] == 1))
+        and a.dtype == b.dtype
+    )
+
+
+@rule(aten.mul.Tensor)
+def mul(self: Any, other: Any) -> Any:
+    """Scaling keeps a factor; a column times a row becomes one."""
+    if type(self) is Batched and self.factor is not None and _is_scale(other, self):
+        return self.factor.scale(other)
+    if type(other) is Batched and other.factor is not None and _is_scale(self, other):
+        return other.factor.scale(self)
+    if _is_outer_product(self, other):
+        return Outer(self.physical, other.physical.reshape(other.n, 1, -1))
+    if _is_outer_product(other, self):
+        return Outer(other.physical, self.physical.reshape(self.n, 1, -1))
+    return _mul(self, other)
+
+
+@rule(aten.mul.Scalar)
+def mul_scalar(self: Any, other: Any) -> Any:
+    return mul(self, other)
+
+
+@rule(aten.div.Tensor)
+def div(self: Any, other: Any) -> Any:
+    if type(self) is Batched and self.factor is not None and _is_scale(other, self):
+        return self.factor.scale(1 / other)
+    return _div(self, other)
+
+
+@rule(aten.div.Scalar)
+def div_scalar(self: Any, other: Any) -> Any:
+    return div(self, other)
+
+
+@rule(aten.neg.default)
+def neg(self: Any) -> Any:
+    if self.factor is not None:
+        return self.factor.scale(-1)
+    return _neg(self)
+
+
+@rule(aten.add.Tensor)
+def add(self: Any, other: Any, *, alpha: Any = 1) -> Any:
+    """Two factors of one shape add up to a ``Sum``: a parameter used more than once."""
+    if (
+        alpha == 1
+        and type(self) is Batched
+        and self.factor is not None
+        and type(other) is Batched
+        and other.factor is not None
+        and self.shape == other.shape
+        and self.dtype == other.dtype
+    ):
+        return _factors.add(self.factor, other.factor)
+    return _add(self, other) if alpha == 1 else _add(self, other, alpha=alpha)
+
+
+@rule(aten.masked_fill.Tensor)
+def masked_fill(self: Any, mask: Any, value: Any) -> Any:
+    """A value that differs between samples is no longer the 0-dim tensor that torch's own kernel asks for."""
+    if type(value) is not Batched:
+        return _masked_fill(self, mask, value)
+    ndim = max(self.dim(), mask.dim())
+    return torch.where(at_rank(mask, ndim), at_rank(value, ndim).to(self.dtype), at_rank(self, ndim))
+
+
+_masked_fill = pointwise(aten.masked_fill.Tensor)
+
+
+@rule(aten.masked_fill_.Tensor)
+def masked_fill_(self: Any, mask: Any, value: Any) -> Any:
+    target = self.physical
+    if type(value) is not Batched:
+        return target.masked_fill_(at_rank(mask, self.dim()), value)
+    filled = torch.where(at_rank(mask, self.dim()), at_rank(value, self.dim()).to(target.dtype), target)
+    return target.copy_(filled)
+
+
+@rule(aten.fill.Tensor)
+def fill(self: Any, value: Any) -> Any:
+    n = self.n if type(self) is Batched else value.n
+    shape = (n, *self.shape)
+    return at_rank(value, self.dim()).to(self.dtype).expand(shape).clone()
+
+
+@rule(aten.fill_.Tensor)
+def fill_(self: Any, value: Any) -> Any:
+    return self.physical.copy_(at_rank(value, self.dim()))
+
+
+@rule(aten.copy_.default)
+def copy_(self: Any, src: Any, non_blocking: bool = False) -> Any:
+    return self.physical.copy_(at_rank(src, self.dim()), non_blocking)
+
+
+@rule(aten.log_sigmoid_forward.default)
+def log_sigmoid_forward(self: Any) -> Any:
+    """On a GPU the buffer that the CPU kernel fills is empty."""
+    out, buffer = aten.log_sigmoid_forward(self.physical)
+    return out, buffer if buffer.dim() == out.dim() else buffer.new_empty(self.n, 0)
+
+
+@rule(aten.log_sigmoid_backward.default)
+def log_sigmoid_backward(grad_output: Any, self: Any, buffer: Any) -> Any:
+    values = [at_rank(a, self.dim()) for a in (grad_output, self, buffer)]
+    if buffer.shape != self.shape:
+        values[2] = buffer.physical[0]
+    return aten.log_sigmoid_backward(*values)

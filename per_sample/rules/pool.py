@@ -1,0 +1,96 @@
+"""Pooling, padding, resampling: ops with a batch axis of their own, which takes the samples in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from per_sample._combinators import fold
+from per_sample._registry import register, rule
+
+aten = torch.ops.aten
+
+# By the rank of one image without its batch axis: channels and positions.
+_FOLDED = {
+    2: (
+        aten.reflection_pad1d.default,
+        aten.reflection_pad1d_backward.default,
+        aten.replication_pad1d.default,
+        aten.replication_pad1d_backward.default,
+        aten.upsample_nearest1d.default,
+        aten.upsample_nearest1d_backward.default,
+        aten._upsample_nearest_exact1d.default,
+        aten._upsample_nearest_exact1d_backward.default,
+        aten.upsample_linear1d.default,
+        aten.upsample_linear1d_backward.default,
+        aten.col2im.default,
+    ),
+    3: (
+        aten.max_pool2d_with_indices.default,
+        aten.max_pool2d_with_indices_backward.default,
+        aten.avg_pool2d.default,
+        aten.avg_pool2d_backward.default,
+        aten._adaptive_avg_pool2d.default,
+        aten._adaptive_avg_pool2d_backward.default,
+        aten.adaptive_max_pool2d.default,
+        aten.adaptive_max_pool2d_backward.default,
+        aten.max_unpool2d.default,
+        aten.reflection_pad2d.default,
+        aten.reflection_pad2d_backward.default,
+        aten.replication_pad2d.default,
+        aten.replication_pad2d_backward.default,
+        aten.upsample_nearest2d.default,
+        aten.upsample_nearest2d_backward.default,
+        aten._upsample_nearest_exact2d.default,
+        aten._upsample_nearest_exact2d_backward.default,
+        aten.upsample_bilinear2d.default,
+        aten.upsample_bilinear2d_backward.default,
+        aten._upsample_bilinear2d_aa.default,
+        aten._upsample_bilinear2d_aa_backward.default,
+        aten.upsample_bicubic2d.default,
+        aten.upsample_bicubic2d_backward.default,
+        aten._upsample_bicubic2d_aa.default,
+        aten._upsample_bicubic2d_aa_backward.default,
+        aten.im2col.default,
+        aten.channel_shuffle.default,
+        aten.grid_sampler_2d.default,
+        aten.grid_sampler_2d_backward.default,
+    ),
+    4: (
+        aten.max_pool3d_with_indices.default,
+        aten.max_pool3d_with_indices_backward.default,
+        aten.avg_pool3d.default,
+        aten.avg_pool3d_backward.default,
+        aten._adaptive_avg_pool3d.default,
+        aten._adaptive_avg_pool3d_backward.default,
+        aten.adaptive_max_pool3d.default,
+        aten.adaptive_max_pool3d_backward.default,
+        aten.max_unpool3d.default,
+        aten.reflection_pad3d.default,
+        aten.reflection_pad3d_backward.default,
+        aten.replication_pad3d.default,
+        aten.replication_pad3d_backward.default,
+        aten.upsample_nearest3d.default,
+        aten.upsample_nearest3d_backward.default,
+        aten._upsample_nearest_exact3d.default,
+        aten._upsample_nearest_exact3d_backward.default,
+        aten.upsample_trilinear3d.default,
+        aten.upsample_trilinear3d_backward.default,
+        aten.grid_sampler_3d.default,
+        aten.grid_sampler_3d_backward.default,
+    ),
+}
+
+for _core, _ops in _FOLDED.items():
+    for _op in _ops:
+        register(_op, fold(_op, _core), "rule")
+
+
+@rule(aten.constant_pad_nd.default)
+def constant_pad_nd(self: Any, pad: Any, value: Any = 0) -> Any:
+    if len(pad) > 2 * self.dim():
+        raise RuntimeError(f"Padding length should be at most twice the number of dimensions of the input; got {len(pad)} for {self.dim()}.")
+    return torch.constant_pad_nd(self.physical, pad, value)
+
+

@@ -1,0 +1,139 @@
+"""Checks for users' own equivalence tests: a function against the reference, an op's rule against a loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import optree
+import torch
+from torch import Tensor
+
+from per_sample import _registry, reference
+from per_sample._batched import Batched, Context, wrap
+from per_sample._errors import ArgumentError, RuleError
+from per_sample._interpreter import Interpreter
+from per_sample.transforms import per_sample_grad_and_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch._ops import OpOverload
+
+    from per_sample._arguments import Argnums
+
+
+def assert_matches_reference(
+    fn: Callable[..., Any],
+    *args: Any,
+    argnums: Argnums = 0,
+    in_dims: Any = None,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+    rtol: float | None = None,
+    atol: float | None = None,
+    **kwargs: Any,
+) -> None:
+    """Assert that the fast per-sample gradients and values of ``fn`` equal those of ``vmap(grad(fn))``.
+
+    Args:
+        fn: the loss of one sample.
+        *args: its arguments, with a sample axis where batched.
+        argnums: as in ``per_sample_grad``, and so are the other options.
+        in_dims: as in ``per_sample_grad``.
+        has_aux: as in ``per_sample_grad``.
+        keep_batch_dim: as in ``per_sample_grad``.
+        chunk_size: as in ``per_sample_grad``.
+        randomness: as in ``per_sample_grad``; both runs start from the same seed.
+        rtol: relative tolerance of ``torch.testing.assert_close``.
+        atol: absolute tolerance.
+        **kwargs: keyword arguments of ``fn``.
+
+    Raises:
+        AssertionError: if a gradient, a value or the structure differs.
+
+    Example:
+        >>> import torch
+        >>> from per_sample.testing import assert_matches_reference
+        >>> assert_matches_reference(lambda w, x: (x @ w).tanh().sum(), torch.ones(3, 2), torch.randn(5, 3))
+    """
+    options: dict[str, Any] = {
+        "has_aux": has_aux,
+        "keep_batch_dim": keep_batch_dim,
+        "chunk_size": chunk_size,
+        "randomness": randomness,
+    }
+    state = torch.get_rng_state()
+    actual = per_sample_grad_and_value(fn, argnums, in_dims, **options)(*args, **kwargs)
+    torch.set_rng_state(state)
+    expected = reference.per_sample_grad_and_value(fn, argnums, in_dims, **options)(*args, **kwargs)
+    found, spec = optree.tree_flatten(actual, none_is_leaf=True)
+    wanted, wanted_spec = optree.tree_flatten(expected, none_is_leaf=True)
+    assert spec == wanted_spec, f"structures differ: {spec} and {wanted_spec}"
+    for got, want in zip(found, wanted, strict=True):
+        if isinstance(want, Tensor):
+            torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+        else:
+            assert got == want, f"{got!r} is not {want!r}"
+
+
+def check_rule(op: OpOverload, *args: Any, rtol: float | None = None, atol: float | None = None, **kwargs: Any) -> None:
+    """Assert that an op's rule gives each sample what the op itself gives it, for every choice of batched arguments.
+
+    Args:
+        op: the op overload, for instance ``torch.ops.mylib.scale.default``.
+        *args: ONE sample's arguments; other samples are made from them by adding noise (integer tensors are repeated).
+        rtol: relative tolerance of ``torch.testing.assert_close``.
+        atol: absolute tolerance.
+        **kwargs: keyword arguments of the op.
+
+    Raises:
+        AssertionError: if a result differs from that of a loop over samples.
+        ArgumentError: if no argument is a tensor.
+        RuleError: if the op has no rule.
+
+    Example:
+        >>> import torch
+        >>> from per_sample.testing import check_rule
+        >>> check_rule(torch.ops.aten.mm.default, torch.randn(2, 3), torch.randn(3, 4))
+    """
+    if op not in _registry.TABLE and torch.Tag.pointwise not in op.tags:
+        raise RuleError(f"`{op}` has no rule; register one with `per_sample.rule`.")
+    tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    if not tensors:
+        raise ArgumentError("`check_rule` needs at least one positional argument that is a tensor.")
+    for choice in range(1, 2 ** len(tensors)):
+        batched = [i for bit, i in enumerate(tensors) if choice >> bit & 1]
+        for n in (1, 3):
+            _check_choice(op, args, kwargs, batched, n, rtol, atol)
+
+
+def _check_choice(op: OpOverload, args: Any, kwargs: Any, batched: list[int], n: int, rtol: Any, atol: Any) -> None:
+    rows = {i: _samples_like(args[i], n) for i in batched}
+    expected = [op(*[rows[i][j].clone() if i in rows else _copy(a) for i, a in enumerate(args)], **kwargs) for j in range(n)]
+    ctx = Context(n)
+    lifted = [wrap(ctx, rows[i].clone()) if i in rows else _copy(a) for i, a in enumerate(args)]
+    with torch.no_grad(), Interpreter(ctx):
+        result = op(*lifted, **kwargs)
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    wanted = [e if isinstance(e, (tuple, list)) else (e,) for e in expected]
+    for k, got in enumerate(results):
+        if not isinstance(got, Tensor):
+            continue
+        value = got.physical if type(got) is Batched and not got.shared else got.expand(n, *got.shape)
+        for j in range(n):
+            torch.testing.assert_close(
+                value[j], wanted[j][k], rtol=rtol, atol=atol, msg=lambda m, j=j, k=k: f"`{op}` with arguments {batched} batched, sample {j}, result {k}: {m}"
+            )
+
+
+def _samples_like(x: Tensor, n: int) -> Tensor:
+    rows = x.detach().expand(n, *x.shape).clone()
+    if x.is_floating_point() or x.is_complex():
+        rows[1:] += torch.randn_like(rows[1:])
+    return rows
+
+
+def _copy(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x

@@ -1,0 +1,164 @@
+"""The public transforms."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+
+import torch
+from torch import Tensor
+
+from per_sample import _arguments, _compile
+from per_sample import _trees as trees
+from per_sample._run import Outcome, Program, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from per_sample._arguments import Argnums, Arguments
+    from per_sample._record import Recorder
+
+
+def per_sample_grad(
+    fn: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: Any = None,
+    *,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+) -> Callable[..., Any]:
+    """Transform the loss of one sample into a function that returns every sample's gradient.
+
+    Equal, leaf for leaf, to ``torch.func.vmap(torch.func.grad(fn, argnums), in_dims)``, at about the price of one batched gradient.
+
+    Args:
+        fn: takes ONE sample, ``fn(params, x, y)``, and returns a scalar loss (with ``has_aux`` a pair of loss and auxiliary values).
+        argnums: which positional arguments to differentiate; they are shared by the samples unless ``in_dims`` says otherwise.
+        in_dims: the batched axis of each positional argument, as in ``torch.vmap`` (prefix pytrees; None shares the argument). By
+            default axis 0 of every tensor that is not differentiated. Keyword arguments are always shared.
+        has_aux: ``fn`` returns ``(loss, aux)``.
+        keep_batch_dim: ``fn`` sees each sample with a leading axis of size 1, so that a module that expects a batch can be called.
+        chunk_size: at most that many samples at once; the result is the same.
+        randomness: ``"error"``, ``"different"`` (each sample its own numbers) or ``"same"``, as in ``torch.vmap``.
+
+    Returns:
+        A function of the same arguments. It returns the gradients: the structure of the differentiated argument (a tuple of them for a
+        tuple of ``argnums``) with leaves ``[n, *shape]``, in the parameters' dtypes; with ``has_aux`` a pair ``(grads, aux)``.
+
+    Raises:
+        ArgumentError: for options that cannot be right.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import per_sample_grad
+        >>> def loss(params, x, y):
+        ...     return (x @ params["w"] + params["b"] - y).square().sum()
+        >>> params = {"w": torch.ones(3, 2), "b": torch.zeros(2)}
+        >>> grads = per_sample_grad(loss)(params, torch.randn(5, 3), torch.randn(5, 2))
+        >>> grads["w"].shape
+        torch.Size([5, 3, 2])
+    """
+    both = per_sample_grad_and_value(
+        fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
+    )
+
+    @functools.wraps(fn)
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        grads, values = both(*args, **kwargs)
+        return (grads, values[1]) if has_aux else grads
+
+    return transformed
+
+
+def per_sample_grad_and_value(
+    fn: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: Any = None,
+    *,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+) -> Callable[..., Any]:
+    """Transform the loss of one sample into a function that returns every sample's gradient and loss.
+
+    Args:
+        fn: as in ``per_sample_grad``.
+        argnums: as in ``per_sample_grad``.
+        in_dims: as in ``per_sample_grad``.
+        has_aux: as in ``per_sample_grad``.
+        keep_batch_dim: as in ``per_sample_grad``.
+        chunk_size: as in ``per_sample_grad``.
+        randomness: as in ``per_sample_grad``.
+
+    Returns:
+        A function of the same arguments that returns ``(grads, values)`` with ``values [n]``; with ``has_aux``
+        ``(grads, (values, aux))``, as ``torch.func.grad_and_value`` does.
+
+    Raises:
+        ArgumentError: for options that cannot be right.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import per_sample_grad_and_value
+        >>> grads, values = per_sample_grad_and_value(lambda w, x: (w * x).sum())(torch.ones(3), torch.eye(3))
+        >>> values
+        tensor([1., 1., 1.])
+    """
+    _arguments.check_options(fn, argnums, randomness, chunk_size)
+    options = (argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness)
+
+    @functools.wraps(fn)
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _compile.grad_and_value(fn, options, args, kwargs)
+        return _grad_and_value(fn, options, args, kwargs)
+
+    return transformed
+
+
+def _grad_and_value(fn: Callable[..., Any], options: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness = options
+    program = Program(fn, kwargs, has_aux, keep_batch_dim, randomness)
+    arguments = _arguments.read(args, argnums, in_dims)
+    pieces = [_materialized(outcome) for outcome in outcomes(program, arguments, chunk_size)]
+    leaves, values, aux = pieces[0] if len(pieces) == 1 else _concatenated(pieces)
+    if arguments.n == 0:
+        leaves, values, aux = trees.map(_emptied, (leaves, values, aux))
+    grads = _arguments.as_arguments(leaves, arguments, isinstance(argnums, tuple), args)
+    return grads, ((values, aux) if has_aux else values)
+
+
+def outcomes(
+    program: Program, arguments: Arguments, chunk_size: int | None, recorder: Recorder | None = None
+) -> Iterator[Outcome]:
+    """One ``Outcome`` for each chunk of samples; an empty batch yields that of one sample of zeros."""
+    n = arguments.n
+    if n == 0:
+        yield run(program, arguments, _arguments.one_zero_sample(arguments), 1, recorder)
+    elif chunk_size is None or chunk_size >= n:
+        yield run(program, arguments, arguments.leaves, n, recorder)
+    else:
+        for start in range(0, n, chunk_size):
+            size = min(chunk_size, n - start)
+            yield run(program, arguments, _arguments.chunk(arguments, start, size), size, recorder)
+
+
+def _materialized(outcome: Outcome) -> tuple[list[Tensor], Tensor, Any]:
+    functional = outcome.ctx.functional
+    leaves = [f.materialize(functional=functional) for f in outcome.factors]
+    return leaves, outcome.values, outcome.aux
+
+
+def _concatenated(pieces: list[Any]) -> Any:
+    def join(*parts: Any) -> Any:
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+
+    return trees.map(join, *pieces)
+
+
+def _emptied(x: Any) -> Any:
+    return x[:0] if isinstance(x, Tensor) else x

@@ -1,0 +1,56 @@
+"""Every Python snippet of the README runs, in order and in one namespace, and prints what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTS = "# prints: "
+
+
+def snippets(language: str) -> list[str]:
+    return [code for found, code in BLOCK.findall(README.read_text(encoding="utf-8")) if found == language]
+
+
+def test_python_snippets_run_and_print_what_they_say() -> None:
+    torch.manual_seed(0)
+    # A module of its own: compiled functions look their globals up there.
+    module = types.ModuleType("readme")
+    blocks = snippets("python")
+    assert blocks
+    for number, code in enumerate(blocks):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, f"README.md, snippet {number}", "exec"), module.__dict__)
+        expected = [line.removeprefix(PRINTS) for line in code.splitlines() if line.startswith(PRINTS)]
+        assert printed.getvalue().splitlines() == expected, f"snippet {number}:\n{code}"
+
+
+def test_a_compiled_step_of_the_readme_equals_the_eager_one() -> None:
+    code = next(code for code in snippets("python") if "fullgraph=True" in code)
+    module = types.ModuleType("readme_step")
+    first = snippets("python")[0]
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(first, "README.md, first snippet", "exec"), module.__dict__)
+    eager = code.replace("@torch.compile(fullgraph=True)\n", "")
+    arguments = [module.__dict__[name] for name in ("params", "x", "y")]
+    exec(compile(eager, "README.md, eager step", "exec"), module.__dict__)
+    expected = module.__dict__["step"](*arguments)
+    exec(compile(code, "README.md, compiled step", "exec"), module.__dict__)
+    torch.testing.assert_close(module.__dict__["step"](*arguments), expected)
+
+
+PATHS = re.findall(r"`([\w./]+/[\w./]+|[A-Z]{4,}(?:\.md)?)`", README.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_named_in_the_readme_exist(path: str) -> None:
+    assert (README.parent / path).exists()
