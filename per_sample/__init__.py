@@ -1,8 +1,8 @@
 """Every sample's gradient at about the price of one batched gradient."""
 
 from per_sample import rules as _rules  # noqa: F401  (fills the rule table)
-from per_sample import reference, testing
-from per_sample._batched import Batched
+from per_sample import grad, reference, testing
+from per_sample._batched import Batched, physical
 from per_sample._errors import (
     ArgumentError,
     BatchNormError,
@@ -16,6 +16,7 @@ from per_sample._errors import (
     SharedWriteError,
     UnsupportedError,
 )
+from per_sample._options import options
 from per_sample._registry import rule
 from per_sample.explain import Explanation, explain
 from per_sample.transforms import per_sample_grad, per_sample_grad_and_value
@@ -35,8 +36,11 @@ __all__ = [
     "SharedWriteError",
     "UnsupportedError",
     "explain",
+    "grad",
+    "options",
     "per_sample_grad",
     "per_sample_grad_and_value",
+    "physical",
     "reference",
     "rule",
     "testing",

@@ -33,6 +33,8 @@ class Context:
     grad_mode: bool = False
     # Kernels must be differentiable and free of in-place writes.
     functional: bool = False
+    # Neither a caller nor a recorder to look after.
+    simple: bool = True
     # In the backward pass a product of two per-sample matrices stays a factor.
     backward: bool = False
     closed: bool = False
@@ -94,9 +96,9 @@ class Batched(torch.Tensor):
     """
 
     ctx: Context
-    shared: bool
-    factor: Factor | None
-    _value: Tensor | None
+    shared: bool = False
+    factor: Factor | None = None
+    _value: Tensor | None = None
     # Set by the interpreter, which this module cannot import.
     dispatch: ClassVar[Callable[[Context, Any, Any, Any], Any]]
 
@@ -164,8 +166,6 @@ def wrap(ctx: Context, value: Tensor) -> Batched:
             dtype=value.dtype, device=value.device,
         )  # fmt: skip
     out.ctx = ctx
-    out.shared = False
-    out.factor = None
     out._value = value
     return out
 
@@ -178,7 +178,6 @@ def wrap_shared(ctx: Context, value: Tensor) -> Batched:
     )  # fmt: skip
     out.ctx = ctx
     out.shared = True
-    out.factor = None
     out._value = value
     return out
 
@@ -187,9 +186,7 @@ def wrap_factor(ctx: Context, factor: Factor, like: Tensor) -> Batched:
     """A gradient that stays factored; ``like`` gives dtype and device."""
     out = _make_wrapper(Batched, factor.shape, dtype=like.dtype, device=like.device)
     out.ctx = ctx
-    out.shared = False
     out.factor = factor
-    out._value = None
     ctx.pending[id(out)] = out
     return out
 

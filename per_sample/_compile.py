@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._higher_order_ops.base_hop import BaseHOP
 
 from per_sample import _arguments, _torch_trees
-from per_sample._batched import Batched, Context
+from per_sample._batched import Context
+from per_sample._errors import UnsupportedError
 from per_sample._factors import Factor
 from per_sample._run import check_scalar, differentiate, in_context, lift, read_out, split_aux
 
@@ -123,6 +124,8 @@ def grad_and_value(fn: Any, options: tuple[Any, ...], args: tuple[Any, ...], kwa
 
         return per_sample(one, randomness=randomness)
 
+    if chunk_size is not None and randomness == "same":
+        raise UnsupportedError("randomness='same' with `chunk_size` sets the generator back for each chunk, which torch.compile cannot trace.")
     if chunk_size is None or chunk_size >= n:
         grads, values, aux = piece(leaves, size)
     else:

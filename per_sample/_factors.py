@@ -13,8 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from per_sample._kernels.conv import ConvGeometry, conv_weight_grad
-from per_sample._kernels.outer import outer_product
+from per_sample._kernels.conv import ConvGeometry, conv_algorithm, conv_weight_grad
+from per_sample._kernels.outer import outer_algorithm, outer_product
 
 Scalar = Any  # a Python number
 
@@ -84,6 +84,9 @@ class Outer(Factor):
     def materialize(self, *, functional: bool = False) -> Tensor:
         return outer_product(self.left, self.right, functional=functional)
 
+    def algorithm(self, *, functional: bool = False) -> str:
+        return outer_algorithm(self.left, self.right, functional=functional)
+
     def scale(self, c: Scalar) -> Factor:
         if self.left.numel() <= self.right.numel():
             return Outer(self.left * c, self.right)
@@ -108,6 +111,9 @@ class ConvOuter(Factor):
 
     def materialize(self, *, functional: bool = False) -> Tensor:
         return conv_weight_grad(self.x, self.g, self.geometry, functional=functional)
+
+    def algorithm(self, *, functional: bool = False) -> str:
+        return conv_algorithm(self.x, self.g, self.geometry, functional=functional)
 
     def scale(self, c: Scalar) -> Factor:
         return ConvOuter(self.x, self.g * c, self.geometry)

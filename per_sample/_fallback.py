@@ -23,7 +23,7 @@ def has_vmap_rule(op: OpOverload) -> bool:
     lazy_load_decompositions()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     name = op.name()
-    keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
+    keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "FuncTorchVmapMode", "CompositeImplicitAutograd")
     return any(has(name, key) for key in keys)
 
 

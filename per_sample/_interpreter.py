@@ -38,9 +38,11 @@ class Entry:
     writes: tuple[int, ...]  # positions of the arguments written in place
     random: bool
     foreign: bool
+    simple: bool  # nothing but a rule to call
 
 
 _ENTRIES: dict[Any, Entry] = {}
+_NO_TENSOR = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 _registry.on_change(lambda op: _ENTRIES.pop(op, None))
 
 _DATA_DEPENDENT = {
@@ -80,7 +82,7 @@ def _resolve(op: OpOverload) -> Entry:
         elif not _fallback.has_vmap_rule(op):
             route = "loop"
     nested = any("Tensor" in str(a.type) and "List" in str(a.type) for a in arguments)
-    entry = _ENTRIES[op] = Entry(run, route, nested, writes, random, foreign)
+    entry = _ENTRIES[op] = Entry(run, route, nested, writes, random, foreign, run is not None and not writes and not foreign)
     return entry
 
 
@@ -105,25 +107,23 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """Run one op of the program for all samples."""
     entry = _ENTRIES.get(func)
     if entry is None:
-        if func is aten.detach.default:
-            return _alias(ctx, args[0])
-        if isinstance(func, HigherOrderOperator):
-            return _higher_order(ctx, func, args, kwargs)
-        if func is aten._has_compatible_shallow_copy_type.default:
-            return True  # asked when `.data` of one wrapper is set to another
-        if torch.Tag.inplace_view in func.tags:
-            return _view_in_place(ctx, func, args, kwargs)
+        special = _special(ctx, func, args, kwargs)
+        if special is not NotImplemented:
+            return special
         entry = _resolve(func)
     batched = lifted = False
     values = []
     for a in args:
-        if type(a) is Batched:
+        kind = type(a)
+        if kind is Batched:
             if a.ctx is ctx:
                 if a.shared:
                     lifted = True
                     a = a._value
                 else:
                     batched = True
+        elif kind in _NO_TENSOR:
+            pass
         elif isinstance(a, Tensor):
             if a.requires_grad and ctx.grad_mode and ctx.caller is None:
                 _check_closure(ctx, a)
@@ -140,11 +140,31 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         lifted |= kw_lifted
     if not batched:
         return _run_shared(ctx, entry, func, args, values, kwargs, lifted)
+    if entry.simple and ctx.simple:
+        # Most ops take this short way; the long one below gives the same.
+        out = entry.run(*values, **kwargs)
+        if type(out) is Tensor and out.dim() and out.shape[0] == ctx.n:
+            return wrap(ctx, out)
+        if out is not NotImplemented:
+            return _rewrap(ctx, entry, func, values, out)
     if entry.writes:
         _check_writes(ctx, func, entry, values)
     if ctx.recorder is not None:
         return ctx.recorder.op(func, entry.route, lambda: _run(ctx, entry, func, args, values, kwargs))
     return _run(ctx, entry, func, args, values, kwargs)
+
+
+def _special(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
+    """The few calls that are about the wrappers themselves."""
+    if func is aten.detach.default:
+        return _alias(ctx, args[0])
+    if isinstance(func, HigherOrderOperator):
+        return _higher_order(ctx, func, args, kwargs)
+    if func is aten._has_compatible_shallow_copy_type.default:
+        return True  # asked when `.data` of one wrapper is set to another
+    if torch.Tag.inplace_view in func.tags:
+        return _view_in_place(ctx, func, args, kwargs)
+    return NotImplemented
 
 
 Batched.dispatch = staticmethod(dispatch)
@@ -165,9 +185,11 @@ def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> An
     packet = getattr(aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
     if type(x) is not Batched or x.ctx is not ctx:
         return func(*args, **kwargs)
-    if packet is None or func._overloadname not in packet.overloads():
+    # `transpose_.default` has its namesake in `transpose.int`.
+    name = next((o for o in (func._overloadname, "int") if packet is not None and o in packet.overloads()), None)
+    if name is None:
         raise UnsupportedError(f"`{func}` changes the sizes of a per-sample tensor in place; use the form that returns a new tensor.")
-    view = dispatch(ctx, getattr(packet, func._overloadname), args, kwargs)
+    view = dispatch(ctx, getattr(packet, name), args, kwargs)
     x.data = view
     x._value = view.physical
     return x
@@ -222,12 +244,6 @@ def _run(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kw
         check_result(func, values, kwargs, out, ctx.n)
     if entry.writes:
         return _written(func, entry, args, out)
-    if isinstance(out, Tensor):
-        if type(out) is Batched and out.ctx is ctx:
-            return out
-        if out.dim() == 0 or out.shape[0] != ctx.n:
-            _refuse_shape(func, entry, out, ctx.n)
-        return wrap(ctx, out)
     return _rewrap(ctx, entry, func, values, out)
 
 
@@ -248,8 +264,8 @@ def _physical(ctx: Context, entry: Entry, func: Any, values: list[Any], kwargs: 
             f"{_DATA_DEPENDENT.get(func, f'`{func}`')} asks for the value of a tensor that differs between samples. Use `torch.where` or masks "
             "instead of a branch, keep the value as a tensor, or return it with `has_aux=True`."
         )
-    if entry.random and ctx.randomness == "error":
-        _refuse_random(func)
+    if entry.random:
+        _check_random(func, ctx)
     if ctx.caller is not None:
         return _fall_back(ctx, func, values, kwargs)
     with all_keys(), torch.no_grad():
@@ -300,9 +316,13 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     return out
 
 
+# Below autograd nobody resolves a lazily conjugated or negated tensor, so shared ones, too, are resolved at once.
+_EAGER = {aten._conj.default: torch.conj_physical, aten._neg_view.default: torch.neg}
+
+
 def _run_once(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
     if ctx.caller is None:
-        return func(*values, **kwargs)
+        return _EAGER.get(func, func)(*values, **kwargs)
     with ctx.caller():
         return func(*values, **kwargs)
 
@@ -340,22 +360,19 @@ def _written(func: Any, entry: Entry, args: Any, out: Any) -> Any:
 
 
 def _rewrap(ctx: Context, entry: Entry, func: Any, values: list[Any], out: Any) -> Any:
-    """Wrap a result that is not one tensor."""
+    """Wrap what a rule or the fallback returned."""
+    if isinstance(out, Tensor):
+        if type(out) is Batched and out.ctx is ctx:
+            return out
+        if out.dim() == 0 or out.shape[0] != ctx.n:
+            _refuse_shape(func, entry, out, ctx.n)
+        return wrap(ctx, out)
     if isinstance(out, Factor):
-        return wrap_factor(ctx, out, next(v for v in values if isinstance(v, Tensor)))
+        # The tensor whose dtype the gradient has: no index.
+        return wrap_factor(ctx, out, next(v for v in values if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())))
     if isinstance(out, (tuple, list)):
-        return type(out)(_rewrap_one(ctx, entry, func, values, o) for o in out)
+        return type(out)([_rewrap(ctx, entry, func, values, o) for o in out])
     return out
-
-
-def _rewrap_one(ctx: Context, entry: Entry, func: Any, values: list[Any], out: Any) -> Any:
-    if not isinstance(out, Tensor):
-        return _rewrap(ctx, entry, func, values, out)
-    if type(out) is Batched and out.ctx is ctx:
-        return out
-    if out.dim() == 0 or out.shape[0] != ctx.n:
-        _refuse_shape(func, entry, out, ctx.n)
-    return wrap(ctx, out)
 
 
 def _refuse_shape(func: Any, entry: Entry, out: Tensor, n: int) -> None:
@@ -364,6 +381,13 @@ def _refuse_shape(func: Any, entry: Entry, out: Tensor, n: int) -> None:
         f"The rule `{name}` of `{func}` returned a tensor of shape {list(out.shape)}; expected the physical result, whose axis 0 is the "
         f"sample axis of size {n}."
     )
+
+
+def _check_random(func: Any, ctx: Context) -> None:
+    if ctx.randomness == "error":
+        _refuse_random(func)
+    if ctx.randomness == "same" and not _fallback.has_vmap_rule(func):
+        raise RandomnessError(f"`{func}` has no form in which all samples draw the same numbers; pass randomness='different'.")
 
 
 def _refuse_random(func: Any) -> None:

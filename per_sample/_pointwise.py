@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def pointwise(op: OpOverload) -> Callable[..., Any]:
     """The rule of an op that acts on each element alone and broadcasts."""
 
+    in_place = op._schema.is_mutable
+
     def run(*args: Any, **kwargs: Any) -> Any:
         ndim = 0
         dtype = None
@@ -31,8 +33,11 @@ def pointwise(op: OpOverload) -> Callable[..., Any]:
                 elif a.dtype is not dtype:
                     mixed = True
         if mixed or kwargs:
-            args, kwargs = _align_mixed(args, kwargs, ndim)
-            return op(*args, **kwargs)
+            aligned, kwargs = _align_mixed(args, kwargs, ndim)
+            if in_place:
+                # A copy in another dtype would swallow the write.
+                aligned[0] = _align(args[0], ndim)
+            return op(*aligned, **kwargs)
         return op(*[_align(a, ndim) if type(a) is Batched else a for a in args])
 
     run.__qualname__ = f"pointwise({op})"

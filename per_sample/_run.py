@@ -84,9 +84,10 @@ def in_context(
     )
     keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or _is_nested()
     tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
-    restores = _random_states(tensors) if grad_mode and not keeps_caller and randomness != "error" else []
+    restores = random_states(tensors) if grad_mode and not keeps_caller and randomness != "error" else []
     while True:
         ctx = Context(n, randomness, grad_mode=grad_mode, functional=keeps_caller or tracing, recorder=recorder)
+        ctx.simple = recorder is None and not keeps_caller
         try:
             with _inside(ctx, fn, keeps_caller, differentiates):
                 out = body(ctx)
@@ -213,11 +214,12 @@ def read_out(x: Any, ctx: Context) -> Any:
     return x.expand(ctx.n, *x.shape)
 
 
-def _random_states(tensors: list[Tensor]) -> list[Callable[[], None]]:
-    """Functions that set the generators back, for a run that has to begin again."""
+def random_states(leaves: list[Any]) -> list[Callable[[], None]]:
+    """Functions that set the generators of the leaves' devices back, for a run that has to begin again."""
     cpu = torch.get_rng_state()
     restores: list[Callable[[], None]] = [lambda: torch.set_rng_state(cpu)]
-    for device in {t.device for t in tensors if t.device.type not in ("cpu", "meta")}:
+    devices = {x.device for x in leaves if isinstance(x, Tensor)}
+    for device in (d for d in devices if d.type not in ("cpu", "meta")):
         module = torch.get_device_module(device)
         state = module.get_rng_state(device)
         restores.append(lambda module=module, state=state, device=device: module.set_rng_state(state, device))

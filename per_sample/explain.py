@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import optree
+from torch import Tensor
+
 from per_sample import _arguments
 from per_sample._record import Recorder, Row
 from per_sample._run import Program
@@ -15,7 +18,7 @@ from per_sample.transforms import outcomes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from per_sample._arguments import Argnums
+    from per_sample._arguments import Argnums, Arguments
 
 _MEANING = {
     "rule": "a rule of the table, for the whole batch at once",
@@ -32,7 +35,7 @@ class Explanation:
     """The ops of one run, slowest first, and the form each parameter's gradient took."""
 
     rows: tuple[Row, ...]
-    factors: tuple[str, ...]
+    factors: dict[str, str]
     seconds: float
     n: int
 
@@ -58,7 +61,8 @@ class Explanation:
         lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
         lines.insert(1, "  ".join("-" * w for w in widths))
         ops = sum(row.count for row in self.rows)
-        head = f"{self.n} samples, {ops} ops, {1e3 * self.seconds:.2f} ms; gradients: {', '.join(self.factors)}"
+        held = ", ".join(f"{name} {factor}".strip() for name, factor in self.factors.items())
+        head = f"{self.n} samples, {ops} ops, {1e3 * self.seconds:.2f} ms; gradients: {held}"
         return "\n".join([head, "", *lines, "", *self._notes()])
 
     __repr__ = __str__
@@ -68,6 +72,17 @@ class Explanation:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._cells())
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._notes())
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{notes}</ul>"
+
+
+def _names(arguments: Arguments, args: tuple[Any, ...]) -> list[str]:
+    """The path of each differentiated leaf in its argument, with the argument's number where there are several."""
+    names = []
+    for i in sorted(arguments.argnums):
+        prefix = [str(i)] if len(arguments.argnums) > 1 else []
+        for path, leaf in zip(optree.tree_paths(args[i]), optree.tree_leaves(args[i]), strict=True):
+            if isinstance(leaf, Tensor):
+                names.append(".".join([*prefix, *map(str, path)]))
+    return names
 
 
 def explain(
@@ -115,6 +130,8 @@ def explain(
             recorder.materialize(factor, outcome.ctx.functional)
         seconds = time.perf_counter() - start
         rows = tuple(sorted(recorder.rows.values(), key=lambda row: -row.seconds))
-        return Explanation(rows, tuple(type(f).__name__ for f in outcome.factors), seconds, arguments.n)
+        names = _names(arguments, args)
+        factors = {name: type(f).__name__ for name, f in zip(names, outcome.factors, strict=True)}
+        return Explanation(rows, factors, seconds, arguments.n)
 
     return explained

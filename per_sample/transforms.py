@@ -11,7 +11,7 @@ from torch import Tensor
 
 from per_sample import _arguments, _compile
 from per_sample import _trees as trees
-from per_sample._run import Outcome, Program, run
+from per_sample._run import Outcome, Program, random_states, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,8 +142,13 @@ def outcomes(
     elif chunk_size is None or chunk_size >= n:
         yield run(program, arguments, arguments.leaves, n, recorder)
     else:
+        # As torch.vmap has it: with randomness="same" every chunk draws the same numbers again.
+        restores = random_states(arguments.leaves) if program.randomness == "same" else []
         for start in range(0, n, chunk_size):
             size = min(chunk_size, n - start)
+            if start:
+                for restore in restores:
+                    restore()
             yield run(program, arguments, _arguments.chunk(arguments, start, size), size, recorder)
 
 

@@ -254,7 +254,7 @@ ATTENTION = [
     _sdpa("causal", (2, 5, 8), is_causal=True),
     _sdpa("scale", (2, 5, 8), scale=0.3),
     _sdpa("keep", (5, 8), keep_batch_dim=True, is_causal=True),
-    _sdpa("plain", (5, 8), routes={"aten._softmax.default": "rule"}),
+    _sdpa("plain", (5, 8), routes={"aten._safe_softmax.default": "rule"}),
     _sdpa("mask-per-sample", (2, 5, 8), real(2, 1, 5, 5)),
     _sdpa("mask-per-sample-2d", (2, 5, 8), real(5, 5)),
     Case(

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from per_sample._kernels.conv import ALGORITHMS, ConvGeometry, choose_conv, conv_weight_grad
 from per_sample._kernels.conv_choice import plan_conv, sample_bytes
-from per_sample._options import CONV_ALGORITHMS, Options, current_options, options
+from per_sample._options import CONV_ALGORITHMS, options
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 DIFFERENTIABLE = [name for name in CONV_ALGORITHMS if name != "onednn"]
@@ -158,6 +158,8 @@ def test_derivatives_of_the_gradient(name, geometry, scratch):
             assert check(lambda *args: conv_weight_grad(*args, geometry), (x, g), fast_mode=True)
 
 
+# torch's forward-mode rules are scripted.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("geometry", [SQUARE, GROUPED], ids=["square", "grouped"])
 @pytest.mark.parametrize("name", [None, *DIFFERENTIABLE])
 def test_functorch_transforms(name, geometry):
@@ -235,29 +237,6 @@ def test_scratch_bound(name, geometry, samples):
         conv_weight_grad(x, g, geometry)
     # A few bytes for the placeholder of the weight.
     assert result_bytes < count.peak <= result_bytes + max(1, samples) * one + 256
-
-
-def test_options_nest_and_end():
-    assert current_options() == Options()
-    with options(conv_algorithm="fold", scratch_bytes=5) as outer:
-        with options(scratch_bytes=9):
-            assert current_options() == Options("fold", 9)
-        assert current_options() is outer
-    assert current_options() == Options()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"conv_algorithm": "quick"}, r"one of 'fold', .*; got 'quick'"),
-        ({"scratch_bytes": 0}, "positive integer; got 0"),
-        ({"scratch_bytes": 1.5}, r"positive integer; got 1\.5"),
-        ({"scratch_bytes": True}, "positive integer; got True"),
-    ],
-)
-def test_wrong_options(arguments, message):
-    with pytest.raises(ValueError, match=message), options(**arguments):
-        pass
 
 
 @pytest.mark.parametrize(

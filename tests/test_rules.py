@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from per_sample import _arguments, _run, per_sample_grad_and_value, reference
-from per_sample._errors import BatchNormError
-from per_sample._record import Recorder
 from case import Case, real
 from cases import CASES
 from oracle import loop_grads
+from per_sample import _arguments, _run, per_sample_grad_and_value, reference
+from per_sample._errors import BatchNormError
+from per_sample._record import Recorder
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 SLOW_ROUTES = ("fallback", "loop")
 

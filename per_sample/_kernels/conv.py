@@ -12,7 +12,7 @@ from per_sample._kernels.conv_geometry import ConvGeometry
 from per_sample._kernels.functional import must_be_functional
 from per_sample._options import current_options
 
-__all__ = ["ALGORITHMS", "ConvGeometry", "choose_conv", "conv_weight_grad"]
+__all__ = ["ALGORITHMS", "ConvGeometry", "choose_conv", "conv_algorithm", "conv_weight_grad"]
 
 
 def conv_weight_grad(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional: bool = False) -> Tensor:
@@ -54,6 +54,13 @@ def conv_weight_grad(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional
     for target, piece in zip(torch.split(out, step), pieces, strict=True):
         target.copy_(algorithm(*piece, geometry))
     return out
+
+
+def conv_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional: bool = False) -> str:
+    """The name of the algorithm that `conv_weight_grad` takes for the same arguments."""
+    settings = current_options()
+    functional = functional or must_be_functional(x, g)
+    return _plan(x, g, geometry, functional, settings.conv_algorithm, settings.scratch_bytes)[0]
 
 
 def _plan(

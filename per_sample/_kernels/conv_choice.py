@@ -120,15 +120,14 @@ def _choose_dense(x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, may_us
         if not slow_mm:
             return "unfold"
         return "onednn" if flops >= 1e7 else "fold"
-    if flops < 2e6:
-        return "unfold"
     if channels < 16:
         if planar and prod(g_shape[3:]) > 4096:
             return "fold"
         return "onednn" if slow_mm and flops > 1e7 else "unfold"
-    if locations >= 1.5 * outputs:
+    # Where there are few locations for many weights, the product's shape suits a matrix library better.
+    if locations >= (0.75 if flops < 2e6 else 1.5) * outputs:
         return "fold"
-    return "onednn" if slow_mm else "unfold"
+    return "onednn" if slow_mm and flops >= 2e6 else "unfold"
 
 
 def _check(

@@ -21,11 +21,18 @@ def outer_product(left: Tensor, right: Tensor, *, functional: bool = False) -> T
     Returns:
         `(n, *e, o, i)`.
     """
-    if left.shape[-1] == 1:
+    algorithm = outer_algorithm(left, right, functional=functional)
+    if algorithm == "broadcast":
         return left * right
-    if _onednn_pays(left, right) and not functional and not must_be_functional(left, right):
-        return _by_onednn(left, right)
-    return torch.matmul(left, right)
+    return _by_onednn(left, right) if algorithm == "onednn" else torch.matmul(left, right)
+
+
+def outer_algorithm(left: Tensor, right: Tensor, *, functional: bool = False) -> str:
+    """The name of the algorithm that `outer_product` takes for the same arguments."""
+    if left.shape[-1] == 1:
+        return "broadcast"
+    pays = _onednn_pays(left, right) and not functional and not must_be_functional(left, right)
+    return "onednn" if pays else "matmul"
 
 
 def _onednn_pays(left: Tensor, right: Tensor) -> bool:

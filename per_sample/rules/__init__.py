@@ -1,6 +1,6 @@
 """The rules, one file per family of ops; importing this package fills the table."""
 
-from per_sample.rules import (  # noqa: F401
+from per_sample.rules import (
     attention,
     attention_gpu,
     batch_norm,

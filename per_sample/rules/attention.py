@@ -1,7 +1,7 @@
 """Fused scaled dot product attention: the samples go into the kernels' batch axis.
 
-The fused backward kernels have no derivative of their own. Where the caller differentiates once more, the choice among the kernels
-falls on the plain mathematical form, which has.
+The fused backward kernels have no derivative of their own. Where the caller differentiates once more, the plain mathematical form
+takes their place.
 """
 
 from __future__ import annotations
@@ -13,34 +13,16 @@ from torch import Tensor
 
 from per_sample._batched import Batched, physical, samples
 from per_sample._registry import rule
+from per_sample.rules import _attention_math
 from per_sample.rules.norm import context
 
 aten = torch.ops.aten
-_MATH = int(torch.nn.attention.SDPBackend.MATH.value)
 
 
-@rule(aten._fused_sdp_choice.default)
-def fused_sdp_choice(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Asked of the folded shapes."""
-    ctx = context(query, key, value, attn_mask)
-    if query.dim() != 4 or (ctx.caller is not None and ctx.caller.differentiates):
-        return _MATH
-    q, k, v = (_folded(x, ctx.n) for x in (query, key, value))
-    mask = _folded_mask(attn_mask, query.shape[0], ctx.n)
-    # torch chooses for training only if it sees that a gradient is wanted.
-    with torch.enable_grad():
-        q = q.detach().requires_grad_() if not q.requires_grad else q
-        return torch._fused_sdp_choice(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+def _differentiated(*args: Any) -> bool:
+    """Whether the caller wants derivatives that the fused kernels do not have."""
+    caller = context(*args).caller
+    return caller is not None and caller.differentiates
 
 
 def _folded(x: Any, n: int) -> Tensor:
@@ -84,15 +66,14 @@ def flash_attention_for_cpu(
     scale: float | None = None,
 ) -> Any:
     n = samples(query, key, value, attn_mask)
-    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
-        _folded(query, n),
-        _folded(key, n),
-        _folded(value, n),
-        dropout_p,
-        is_causal,
-        attn_mask=_folded_mask(attn_mask, query.shape[0], n),
-        scale=scale,
-    )
+    q, k, v = (_folded(x, n) for x in (query, key, value))
+    mask = _folded_mask(attn_mask, query.shape[0], n)
+    if _differentiated(query, key, value, attn_mask):
+        out, logsumexp = _attention_math.forward(q, k, v, mask, is_causal, scale)
+    else:
+        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
+        )
     return _unfolded(out, n), _unfolded(logsumexp, n)
 
 
@@ -111,13 +92,14 @@ def flash_attention_for_cpu_backward(
     scale: float | None = None,
 ) -> Any:
     n = samples(grad_out, query, key, value, attn_mask)
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_folded(x, n) for x in (grad_out, query, key, value, out, logsumexp)),
-        dropout_p,
-        is_causal,
-        attn_mask=_folded_mask(attn_mask, query.shape[0], n),
-        scale=scale,
-    )
+    folded = [_folded(x, n) for x in (grad_out, query, key, value, out, logsumexp)]
+    mask = _folded_mask(attn_mask, query.shape[0], n)
+    if _differentiated(grad_out, query, key, value, attn_mask):
+        grads = _attention_math.backward(*folded[:4], mask, is_causal, scale)
+    else:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *folded, dropout_p, is_causal, attn_mask=mask, scale=scale
+        )
     return tuple(_unfolded(x, n) for x in grads)
 
 

@@ -138,7 +138,7 @@ def _refusing(op: OpOverload) -> Callable[..., Any]:
     """The rule of an op that updates running statistics; with ``training=False`` it is left to the fallback."""
     at = [a.name for a in op._schema.arguments].index("training") if "training" in str(op._schema) else None
 
-    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
+    def run(*args: Any, **kwargs: Any) -> Any:
         if at is None or args[at]:
             _refuse()
         return NotImplemented
@@ -225,7 +225,7 @@ def batch_norm_backward(
     update: bool,
     eps: float,
     output_mask: Any,
-    reserve: Any,  # noqa: ARG001
+    reserve: Any,
 ) -> Any:
     return _backward(grad_out, input, weight, running_mean, running_var, save_mean, save_var, update, eps, output_mask)
 
@@ -240,7 +240,7 @@ def cudnn_batch_norm_backward(
     save_mean: Any,
     save_var: Any,
     epsilon: float,
-    reserveSpace: Any,  # noqa: ARG001
+    reserveSpace: Any,
 ) -> Any:
     mask = (True, True, True)
     return _backward(grad_output, input, weight, running_mean, running_var, save_mean, save_var, True, epsilon, mask)

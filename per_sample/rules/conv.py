@@ -67,7 +67,7 @@ def convolution_backward(
     grad_output: Any,
     input: Any,
     weight: Any,
-    bias_sizes: Any,  # noqa: ARG001
+    bias_sizes: Any,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -81,7 +81,8 @@ def convolution_backward(
         return NotImplemented
     n = samples(grad_output, input, weight)
     g, x = physical(grad_output, n), physical(input, n)
-    geometry = ConvGeometry(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
+    kernel = tuple(weight.shape[2:])
+    geometry = ConvGeometry(kernel, *(_each(v, len(kernel)) for v in (stride, padding, dilation)), groups)
     grad_input = grad_weight = grad_bias = None
     if output_mask[1]:
         grad_weight = _weight_gradient(x, g, geometry, transposed)
@@ -96,6 +97,11 @@ def convolution_backward(
     if output_mask[2]:
         grad_bias = g.sum([1, *range(3, g.dim())])
     return grad_input, grad_weight, grad_bias
+
+
+def _each(values: Any, d: int) -> tuple[int, ...]:
+    """One value for each spatial axis: a single one stands for all."""
+    return tuple(values) * d if len(values) == 1 else tuple(values)
 
 
 def _weight_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry, transposed: bool) -> Factor | None:

@@ -50,3 +50,26 @@ def _frequencies(index: Tensor, rows: int) -> Tensor:
     ones = torch.ones_like(index)
     counts = index.new_zeros(index.shape[0], rows).scatter_add(1, index, ones)
     return counts.gather(1, index)
+
+
+@rule(aten._sparse_coo_tensor_with_dims_and_tensors.default)
+def sparse_embedding_gradient(
+    sparse_dim: int,
+    dense_dim: int,
+    size: Any,
+    indices: Any,
+    values: Any,
+    *,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = False,
+    is_coalesced: bool | None = None,
+) -> Any:
+    """What an embedding with ``sparse=True`` returns in its backward: the rows ``values [t, i]`` at ``indices [1, t]``."""
+    if sparse_dim != 1 or dense_dim != 1:
+        return NotImplemented
+    n = samples(indices, values)
+    factor = Rows(physical(indices, n)[:, 0], physical(values, n), size[0])
+    ctx = values.ctx if type(values) is Batched else indices.ctx
+    return factor if ctx.backward else factor.materialize(functional=ctx.functional)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from per_sample._registry import register
+from per_sample._registry import register, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +33,24 @@ def _new(op: OpOverload) -> Callable[..., Any]:
 
     run.__qualname__ = f"new({op})"
     return run
+
+
+@rule(aten.new_empty_strided.default)
+def new_empty_strided(
+    self: Any,
+    size: Any,
+    stride: Any,
+    *,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
+) -> Any:
+    """The samples one behind the other, each in the layout asked for."""
+    span = 1 + sum((s - 1) * step for s, step in zip(size, stride, strict=True)) if all(size) else 0
+    return self.physical.new_empty_strided(
+        (self.n, *size), (span, *stride), dtype=dtype, layout=layout, device=device, pin_memory=pin_memory
+    )
 
 
 for _op in (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default):

@@ -73,6 +73,19 @@ def index_fill(self: Any, dim: int, index: Any, value: Any) -> Any:
     return torch.scatter(physical(self, n), at, _along(index, dim, self.shape, n), value)
 
 
+@rule(aten.index_fill.int_Tensor)
+def index_fill_tensor(self: Any, dim: int, index: Any, value: Any) -> Any:
+    if self.dim() == 0:
+        return NotImplemented
+    n = samples(self, index, value)
+    at = axis(dim, self.dim())
+    if type(value) is not Batched and type(index) is not Batched:
+        return torch.index_fill(self.physical, at, index, value)
+    where = _along(index, dim, self.shape, n)
+    filled = physical(value, n).view(n, *(1,) * self.dim()).to(self.dtype).expand(where.shape)
+    return torch.scatter(physical(self, n), at, where, filled)
+
+
 @rule(aten.index_copy.default)
 def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
     if self.dim() == 0 or source.dim() != self.dim():
@@ -163,11 +176,16 @@ def _to_put(self: Any, indices: Any, values: Any) -> tuple[list[Any], Tensor]:
 
 
 def _put_where(self: Any, indices: Any, values: Any, accumulate: bool) -> Any:
-    """``x[mask] = one value``, for a mask of its own for each sample; other forms are left to the fallback."""
-    if accumulate or len(indices) != 1 or values.numel() != 1 or indices[0].dtype != torch.bool:
+    """Through one mask: any values where the samples share it, one value where each sample has its own."""
+    mask = indices[0]
+    if len(indices) != 1 or mask is None or mask.dtype != torch.bool:
         return NotImplemented
     n = samples(self, indices, values)
-    mask = physical(indices[0], n)
-    mask = mask.reshape(*mask.shape, *(1,) * (self.dim() + 1 - mask.dim()))
+    if type(mask) is not Batched:
+        put = at_rank(values, self.dim() - mask.dim() + 1)
+        return aten.index_put(physical(self, n), [None, mask], put, accumulate)
+    if accumulate or values.numel() != 1:
+        return NotImplemented
+    where = mask.physical.reshape(*mask.physical.shape, *(1,) * (self.dim() - mask.dim()))
     value = physical(values, n).reshape(n, *(1,) * self.dim())
-    return torch.where(mask, value, physical(self, n))
+    return torch.where(where, value, physical(self, n))

@@ -17,6 +17,35 @@ from per_sample._registry import rule
 aten = torch.ops.aten
 
 pointwise_table(
+    aten._add_relu.Tensor,
+    aten.abs_.default,
+    aten.copysign_.Scalar,
+    aten.copysign_.Tensor,
+    aten.eq_.Scalar,
+    aten.eq_.Tensor,
+    aten.ne_.Scalar,
+    aten.ne_.Tensor,
+    aten.lt_.Scalar,
+    aten.lt_.Tensor,
+    aten.le_.Scalar,
+    aten.le_.Tensor,
+    aten.gt_.Scalar,
+    aten.gt_.Tensor,
+    aten.ge_.Scalar,
+    aten.ge_.Tensor,
+    aten.floor_divide.default,
+    aten.floor_divide.Scalar,
+    aten.floor_divide_.Scalar,
+    aten.floor_divide_.Tensor,
+    aten.gelu_.default,
+    aten.hardswish.default,
+    aten.hardswish_.default,
+    aten.heaviside_.default,
+    aten.mish_.default,
+    aten.rsub.Tensor,
+    aten.threshold_.default,
+    aten.xlogy_.Scalar_Other,
+    aten.zero.default,
     aten.fill.Scalar,
     aten.fill_.Scalar,
     aten.zero_.default,
@@ -167,3 +196,31 @@ def log_sigmoid_backward(grad_output: Any, self: Any, buffer: Any) -> Any:
     if buffer.shape != self.shape:
         values[2] = buffer.physical[0]
     return aten.log_sigmoid_backward(*values)
+
+
+_silu_backward = pointwise(aten.silu_backward.default)
+_mish_backward = pointwise(aten.mish_backward.default)
+
+
+@rule(aten.silu_backward.default)
+def silu_backward(grad_output: Any, self: Any) -> Any:
+    """The fused kernel has no derivative of its own."""
+    if not _functional(grad_output, self):
+        return _silu_backward(grad_output, self)
+    g, x = at_rank(grad_output, self.dim()), at_rank(self, self.dim())
+    s = torch.sigmoid(x)
+    return g * s * (1 + x * (1 - s))
+
+
+@rule(aten.mish_backward.default)
+def mish_backward(grad_output: Any, self: Any) -> Any:
+    """The fused kernel has no derivative of its own."""
+    if not _functional(grad_output, self):
+        return _mish_backward(grad_output, self)
+    g, x = at_rank(grad_output, self.dim()), at_rank(self, self.dim())
+    t, s = torch.tanh(torch.nn.functional.softplus(x)), torch.sigmoid(x)
+    return g * (t + x * s * (1 - t * t))
+
+
+def _functional(*args: Any) -> bool:
+    return next(a.ctx.functional for a in args if type(a) is Batched)

@@ -9,7 +9,7 @@ import torch
 
 from per_sample._batched import Batched, physical, samples
 from per_sample._combinators import as_is, axes, axis, dims, table
-from per_sample._factors import Factor, Outer, Sum
+from per_sample._factors import Factor, Outer, Sum, View
 from per_sample._registry import rule
 
 aten = torch.ops.aten
@@ -26,6 +26,7 @@ table(
     aten.diagonal.default,
     aten.unfold.default,
     aten.flip.default,
+    aten.rot90.default,
     aten.select_scatter.default,
     aten.slice_scatter.default,
     aten.diagonal_scatter.default,
@@ -44,11 +45,36 @@ def reshape_factor(factor: Factor, shape: Any) -> Factor:
     shape = _without_minus_one(factor.shape, shape)
     if isinstance(factor, Sum):
         return Sum(tuple(reshape_factor(term, shape) for term in factor.terms))
-    if isinstance(factor, Outer) and len(shape) >= 2 and shape[-2:] == factor.shape[-2:]:
-        n, lead = factor.left.shape[0], shape[:-2]
-        left = factor.left.reshape(n, *lead, *factor.left.shape[-2:])
-        return Outer(left, factor.right.reshape(n, *lead, *factor.right.shape[-2:]))
+    if isinstance(factor, View):
+        factor = factor.base
+    if isinstance(factor, Outer):
+        matrix = factor.shape[-2:]
+        if len(shape) >= 2 and shape[-2:] == matrix:
+            return _led(factor, shape[:-2])
+        if math.prod(factor.shape[:-2]) == 1:
+            factor = _led(factor, ())
     return factor.reshape(shape)
+
+
+def _led(factor: Outer, lead: tuple[int, ...]) -> Outer:
+    """The same matrices with other axes in front of them."""
+    n = factor.left.shape[0]
+    left = factor.left.reshape(n, *lead, *factor.left.shape[-2:])
+    return Outer(left, factor.right.reshape(n, *lead, *factor.right.shape[-2:]))
+
+
+def _permuted_factor(factor: Factor, order: list[int]) -> Factor | None:
+    """The factor with its axes in another order (0 is the first behind the sample axis), where its form can express that."""
+    shape = tuple(factor.shape[d] for d in order)
+    wide = [d for d, size in enumerate(factor.shape) if size != 1]
+    if [d for d in order if factor.shape[d] != 1] == wide:
+        return reshape_factor(factor, shape)
+    if len(wide) == 2:
+        swapped = reshape_factor(factor, tuple(factor.shape[d] for d in wide)).transpose()
+        return None if swapped is None else reshape_factor(swapped, shape)
+    if order[:-2] == list(range(len(order) - 2)):
+        return factor.transpose()
+    return None
 
 
 def _without_minus_one(old: tuple[int, ...], new: Any) -> tuple[int, ...]:
@@ -78,50 +104,59 @@ def view_copy(self: Any, size: Any) -> Any:
 
 
 @rule(aten._reshape_alias.default)
-def reshape_alias(self: Any, size: Any, stride: Any) -> Any:  # noqa: ARG001
+def reshape_alias(self: Any, size: Any, stride: Any) -> Any:
     return self.physical.view(self.n, *size)
 
 
 @rule(aten.t.default)
 def t(self: Any) -> Any:
-    if self.factor is not None:
-        swapped = self.factor.transpose()
-        if swapped is not None:
-            return swapped
-    if self.dim() > 2:
-        raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {self.dim()}D")
-    return self.physical.transpose(1, 2) if self.dim() == 2 else self.physical
+    ndim = self.dim()
+    if ndim > 2:
+        raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {ndim}D")
+    return _permuted(self, [2, 1]) if ndim == 2 else _same(self)
 
 
 @rule(aten.transpose.int)
 def transpose(self: Any, dim0: int, dim1: int) -> Any:
     ndim = self.dim()
     if ndim == 0:
-        return NotImplemented
+        # A 0-dim tensor has axes 0 and -1 by name.
+        axes((dim0, dim1), 1)
+        return _same(self)
     a, b = axis(dim0, ndim), axis(dim1, ndim)
-    if self.factor is not None and {a, b} == {ndim - 1, ndim}:
-        swapped = self.factor.transpose()
-        if swapped is not None:
-            return swapped
-    return self.physical.transpose(a, b)
+    if self.factor is None:
+        return self.physical.transpose(a, b)
+    order = list(range(1, ndim + 1))
+    order[a - 1], order[b - 1] = b, a
+    return _permuted(self, order)
 
 
 @rule(aten.permute.default)
 def permute(self: Any, dims: Any) -> Any:
-    ndim = self.dim()
-    order = axes(dims, ndim)
-    if self.factor is not None:
-        if order == list(range(1, ndim + 1)):
-            return self.factor
-        if order == [*range(1, ndim - 1), ndim, ndim - 1]:
-            swapped = self.factor.transpose()
-            if swapped is not None:
-                return swapped
-    return self.physical.permute(0, *order)
+    return _permuted(self, axes(dims, self.dim()))
+
+
+def _permuted(x: Any, order: list[int]) -> Any:
+    """``order`` names physical axes, without the sample axis."""
+    if x.factor is not None:
+        permuted = _permuted_factor(x.factor, [d - 1 for d in order])
+        if permuted is not None:
+            return permuted
+    return x.physical.permute(0, *order)
+
+
+def _same(x: Any) -> Any:
+    # Two wrappers may hold one physical tensor: nothing ever changes a physical tensor's sizes in place.
+    return x.factor if x.factor is not None else x.physical
+
+
+@rule(aten.alias.default, aten.lift_fresh.default)
+def alias(self: Any) -> Any:
+    return _same(self)
 
 
 @rule(aten.expand.default)
-def expand(self: Any, size: Any, *, implicit: bool = False) -> Any:  # noqa: ARG001
+def expand(self: Any, size: Any, *, implicit: bool = False) -> Any:
     value = self.physical
     missing = len(size) + 1 - value.dim()
     if missing > 0:
@@ -167,12 +202,6 @@ def squeeze_dim(self: Any, dim: int) -> Any:
 @rule(aten.squeeze.dims)
 def squeeze_dims(self: Any, dim: Any) -> Any:
     return _squeezed(self, axes(dim, self.dim()) if self.dim() else [])
-
-
-@rule(aten.alias.default, aten.lift_fresh.default)
-def alias(self: Any) -> Any:
-    # Two wrappers may hold one physical tensor: nothing ever changes a physical tensor's sizes in place.
-    return self.factor if self.factor is not None else self.physical
 
 
 @rule(aten.cat.default)

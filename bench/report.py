@@ -1,0 +1,135 @@
+"""What was measured, as a table in the terminal, as Markdown, as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import check
+from bench.measure import Result
+
+HEADER = ("workload", "n", "method", "median ms", "IQR ms", "x plain", "x limit", "note")
+NUMERIC = (1, 3, 4, 5, 6)
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of each package that takes part."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "per_sample", "opacus"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "source tree" if importlib.util.find_spec(package) else "not installed"
+    return found
+
+
+def title() -> str:
+    """One line for the head of a table."""
+    place, found = machine(), versions()
+    packages = ", ".join(f"{name} {version}" for name, version in found.items())
+    return f"{place['cpu']}, {place['cores']} cores, {place['threads']} threads; {packages}"
+
+
+def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The table's cells, one row for each result."""
+    table = []
+    for r in results:
+        numbers = ["-"] * 4
+        if r.times:
+            ratios = [f"{r.ratios[name]:.2f}" if name in r.ratios else "-" for name in ("plain", "limit")]
+            numbers = [_milliseconds(r.median), _milliseconds(r.iqr), *ratios]
+        note = f"{r.status}: {r.reason}" if r.status != "ok" else ""
+        table.append((r.workload, str(r.n), r.method, *numbers, note))
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.1f}" if ms >= 100 else f"{ms:.3f}"
+
+
+def print_table(results: Sequence[Result]) -> None:
+    """By rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(plain(results))
+        return
+    table = Table(show_edge=False)
+    for i, name in enumerate(HEADER[:-1]):
+        table.add_column(name, justify="right" if i in NUMERIC else "left", no_wrap=True)
+    for row in rows(results):
+        table.add_row(*row[:-1], style="bold" if row[2].startswith("ours") else None)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
+    # Below the table: the reasons are longer than a column is wide.
+    for r in results:
+        if r.status != "ok":
+            console.print(f"{r.method} {r.status}: {r.reason}", markup=False, highlight=False)
+
+
+def plain(results: Sequence[Result]) -> str:
+    """The table in columns of equal width."""
+    cells = [HEADER, *rows(results)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table for a README, with machine, versions and date."""
+    lines = [f"{title()}; {datetime.now(UTC).date()}", "", _markdown_row(HEADER), _markdown_row(["---"] * len(HEADER))]
+    lines += [_markdown_row(row) for row in rows(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def write_json(path: Path, results: Sequence[Result], settings: dict[str, Any]) -> None:
+    """Everything, each round's time included, so that other statistics can be had later."""
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": {**settings, "tolerance": check.TOLERANCE},
+        "results": [_as_json(r) for r in results],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _as_json(r: Result) -> dict[str, Any]:
+    statistics = {"median": r.median, "iqr": r.iqr} if r.times else {}
+    return {**asdict(r), **statistics}

@@ -1,0 +1,102 @@
+"""The table of workloads. To add one: a row in `WORKLOADS`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bench.models import Gpt, Mlp, MnistCnn, ResNet18
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network, its data, and its loss summed over the batch."""
+
+    name: str
+    n: int
+    model: Callable[[], nn.Module]
+    data: Callable[[int], tuple[Tensor, Tensor]]
+    # (output, target) -> the SUM over samples, so that a method's answer needs no factor of n
+    loss: Callable[[Tensor, Tensor], Tensor]
+    # whether the model needs a batch axis, so that a sample is given to it as a batch of one
+    keep_batch_dim: bool
+
+    def build(self, seed: int = 0) -> Task:
+        """The same network and data for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.model()
+            x, y = self.data(self.n)
+        return Task(self, model, x, y)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A workload with its weights and its data."""
+
+    workload: Workload
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    params: Params = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", {k: p.detach() for k, p in self.model.named_parameters()})
+
+    def fn(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """The loss: of one sample (with a batch axis of 1 where `keep_batch_dim`), or summed over a batch."""
+        return self.workload.loss(functional_call(self.model, params, (x,)), y)
+
+    def double(self) -> Task:
+        """The same in float64."""
+        x = self.x.double() if self.x.is_floating_point() else self.x
+        return replace(self, model=self.copy_model().double(), x=x)
+
+    def copy_model(self) -> nn.Module:
+        """A model of its own for a method that hangs something on modules or parameters."""
+        return copy.deepcopy(self.model)
+
+
+def _images(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda n: (torch.randn(n, *shape), torch.randint(10, (n,)))
+
+
+def _tokens(length: int, vocabulary: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def make(n: int) -> tuple[Tensor, Tensor]:
+        text = torch.randint(vocabulary, (n, length + 1))
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+    return make
+
+
+def _classify(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="sum")
+
+
+def _next_token(logits: Tensor, y: Tensor) -> Tensor:
+    """The mean over positions, summed over samples."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / y.shape[-1]
+
+
+_TABLE = (
+    Workload("mlp", 128, lambda: Mlp(784, 1024, 1024, 10), _images(784), _classify, keep_batch_dim=False),
+    Workload("mlp-tiny", 8, lambda: Mlp(16, 32, 32, 10), _images(16), _classify, keep_batch_dim=False),
+    Workload("mnist-cnn", 256, MnistCnn, _images(1, 28, 28), _classify, keep_batch_dim=True),
+    Workload("resnet18-gn", 8, ResNet18, _images(3, 32, 32), _classify, keep_batch_dim=True),
+    Workload("resnet18-gn-32", 32, ResNet18, _images(3, 32, 32), _classify, keep_batch_dim=True),
+    Workload("gpt", 16, Gpt, _tokens(64, 1000), _next_token, keep_batch_dim=True),
+)
+WORKLOADS: dict[str, Workload] = {w.name: w for w in _TABLE}
+
+# Not in the report: its kernels cost next to nothing, so that its time is that of the Python around them (`overhead`).
+RESNET_TINY = Workload(
+    "resnet18-gn-tiny", 2, lambda: ResNet18(width=4), _images(3, 8, 8), _classify, keep_batch_dim=True
+)

@@ -1,0 +1,75 @@
+"""Random ops draw the numbers that torch.vmap draws under the same seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from per_sample import per_sample_grad, reference
+from per_sample.testing import assert_matches_reference
+
+W = torch.randn(2, 3)
+X = torch.randn(4, 3)
+
+DRAWS = {
+    "dropout": lambda x: F.dropout(x, 0.4),
+    "dropout in place": lambda x: F.dropout(x.clone(), 0.4, inplace=True),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.4, training=True),
+    "feature dropout": lambda x: F.dropout1d(x.view(1, 3, 1), 0.4).view(3),
+    "rand_like": lambda x: x * torch.rand_like(x),
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "bernoulli": lambda x: x * torch.bernoulli(x.sigmoid()),
+    "bernoulli_": lambda x: x * torch.empty_like(x).bernoulli_(0.5),
+    "normal_": lambda x: x * torch.empty_like(x).normal_(),
+    "randn": lambda x: x + torch.randn(3),
+    "rand": lambda x: x * torch.rand(3),
+    "randint": lambda x: x * torch.randint(5, (3,)),
+    "randperm": lambda x: x[torch.randperm(3)],
+    "normal": lambda x: x + torch.normal(0.0, 1.0, (3,)),
+    "several": lambda x: F.dropout(x + torch.randn(3), 0.3) * torch.rand_like(x),
+    "attention with dropout": lambda x: (
+        F.scaled_dot_product_attention(x.view(1, 1, 3, 1), x.view(1, 1, 3, 1), x.view(1, 1, 3, 1), dropout_p=0.3).view(3)
+    ),
+}
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+@pytest.mark.parametrize("name", DRAWS)
+def test_same_numbers_as_vmap(name, randomness):
+    draw = DRAWS[name]
+    try:
+        torch.vmap(draw, randomness=randomness)(X)
+    except RuntimeError as err:
+        pytest.skip(f"torch.vmap refuses: {err}")
+    torch.manual_seed(0)
+    assert_matches_reference(lambda w, x: (w @ draw(x)).square().sum(), W, X, randomness=randomness)
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_chunks_draw_as_vmap_in_chunks(randomness):
+    torch.manual_seed(0)
+    fn = lambda w, x: (w @ F.dropout(x, 0.4)).square().sum()  # noqa: E731
+    assert_matches_reference(fn, W, X, randomness=randomness, chunk_size=3)
+
+
+def test_different_samples_differ_and_same_samples_agree():
+    x = X[:1].expand(4, 3)
+    fn = lambda w, x: (w @ F.dropout(x, 0.5)).sum()  # noqa: E731
+    torch.manual_seed(0)
+    different = per_sample_grad(fn, randomness="different")(W, x)
+    same = per_sample_grad(fn, randomness="same")(W, x)
+    assert not torch.equal(different, different[:1].expand_as(different))
+    torch.testing.assert_close(same, same[:1].expand_as(same))
+
+
+def test_no_random_number_is_drawn_twice_when_the_run_begins_again():
+    """A closed-over tensor that requires grad is noticed after the dropout has drawn its numbers."""
+    c = torch.randn(3, requires_grad=True)
+
+    def run(psg):
+        torch.manual_seed(0)
+        out = psg(lambda w, x: ((w @ F.dropout(x, 0.5)).sum() * (c * x).sum()), randomness="different")(W, X)
+        return out, torch.autograd.grad(out.square().sum(), c)[0], torch.rand(1)
+
+    torch.testing.assert_close(run(per_sample_grad), run(reference.per_sample_grad))

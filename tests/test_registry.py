@@ -1,0 +1,162 @@
+"""The rule table: what ``rule`` accepts and refuses, rules of users, and what happens to wrong ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import per_sample
+from per_sample import _registry, explain, per_sample_grad, rule
+from per_sample.testing import assert_matches_reference, check_rule
+
+aten = torch.ops.aten
+W, X = torch.randn(3), torch.randn(4, 3)
+
+
+@torch.library.custom_op("per_sample_tests::scale", mutates_args=())
+def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x * factor
+
+
+scale.register_fake(lambda x, factor: torch.empty_like(x))
+scale.register_autograd(lambda ctx, g: (scale(g, ctx.factor), None), setup_context=lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1]))
+SCALE = torch.ops.per_sample_tests.scale.default
+
+
+def loss(w, x):
+    return (scale(w * x, 3.0) ** 2).sum()
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Registrations that end with the test."""
+    before = dict(_registry.TABLE)
+    yield
+    for op in set(_registry.TABLE) | set(before):
+        if _registry.TABLE.get(op) is not before.get(op):
+            _registry.TABLE.pop(op, None)
+            if op in before:
+                _registry.TABLE[op] = before[op]
+            for listener in _registry._listeners:
+                listener(op)
+
+
+def test_a_custom_op_works_without_a_rule():
+    report = explain(loss)(W, X)
+    assert report.routes()["loop"] == 2
+    expected = torch.stack([torch.func.grad(lambda w, x: ((w * x * 3) ** 2).sum())(W, x) for x in X])
+    torch.testing.assert_close(per_sample_grad(loss)(W, X), expected)
+
+
+def test_a_custom_op_with_a_rule(table):
+    @rule(SCALE)
+    def scale_rule(x, factor):
+        return x.physical * factor
+
+    assert "loop" not in explain(loss)(W, X).routes()
+    check_rule(SCALE, torch.randn(2, 5), 3.0)
+    expected = torch.stack([torch.func.grad(lambda w, x: ((w * x * 3) ** 2).sum())(W, x) for x in X])
+    torch.testing.assert_close(per_sample_grad(loss)(W, X), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pattern"),
+    [
+        (lambda x, factor: x.physical[0], "shape|sample axis"),
+        (lambda x, factor: x.physical.sum(1), r"shape \[4\]"),
+        (lambda x, factor: x.physical.double(), "float64"),
+        (lambda x, factor: (x.physical, x.physical), "2 results"),
+        (lambda x, factor: 3, "int"),
+    ],
+)
+def test_a_rule_that_returns_the_wrong_thing(table, wrong, pattern):
+    def wrong_rule(x, factor):
+        return wrong(x, factor)
+
+    rule(SCALE)(wrong_rule)
+    with pytest.raises(per_sample.RuleError, match=pattern):
+        per_sample_grad(loss)(W, X)
+
+
+def test_a_rule_with_wrong_numbers_is_found_by_check_rule(table):
+    @rule(SCALE)
+    def wrong_numbers(x, factor):
+        return x.physical * (factor + 1)
+
+    with pytest.raises(AssertionError, match="sample 0"):
+        check_rule(SCALE, torch.randn(2, 5), 3.0)
+
+
+def test_a_rule_that_mixes_samples_is_found_by_check_rule(table):
+    @rule(SCALE)
+    def mixing(x, factor):
+        return x.physical.roll(1, 0) * factor
+
+    with pytest.raises(AssertionError, match="sample"):
+        check_rule(SCALE, torch.randn(2, 5), 3.0)
+
+
+def test_a_rule_may_leave_a_case_to_the_fallback(table):
+    @rule(SCALE)
+    def only_small(x, factor):
+        return NotImplemented if x.n > 2 else x.physical * factor
+
+    assert "loop" in explain(loss)(W, X).routes()
+    assert "loop" not in explain(loss)(W, X[:2]).routes()
+
+
+def test_a_second_rule_needs_override(table):
+    with pytest.raises(per_sample.RuleError, match="override=True"):
+
+        @rule(aten.mm.default)
+        def mm(self, mat2):
+            return NotImplemented
+
+    @rule(aten.mm.default, override=True)
+    def mm_again(self, mat2):
+        return NotImplemented
+
+    report = explain(lambda w, x: (x @ w).sum())(torch.randn(3, 2), torch.randn(4, 5, 3))
+    assert ("aten.mm.default", "fallback") in {(row.op, row.route) for row in report.rows}
+
+
+@pytest.mark.parametrize(
+    ("function", "pattern"),
+    [
+        (lambda x, factor: x, "schema has"),
+        (lambda self, mat: self, "schema has"),
+        (lambda self: self, "schema has"),
+    ],
+)
+def test_parameters_must_be_the_schemas(table, function, pattern):
+    with pytest.raises(per_sample.RuleError, match=pattern):
+        rule(aten.mm.default, override=True)(function)
+
+
+def test_defaults_must_be_there(table):
+    with pytest.raises(per_sample.RuleError, match="beta|default"):
+
+        @rule(aten.addmm.default, override=True)
+        def addmm(self, mat1, mat2, *, beta, alpha):
+            return NotImplemented
+
+
+def test_a_packet_is_not_an_overload(table):
+    with pytest.raises(per_sample.RuleError, match=r"mm\.default"):
+        rule(aten.mm)(lambda self, mat2: self)
+
+
+def test_check_rule_wants_a_rule_and_a_tensor():
+    with pytest.raises(per_sample.RuleError, match="no rule"):
+        check_rule(SCALE, torch.randn(2), 1.0)
+    with pytest.raises(per_sample.ArgumentError, match="tensor"):
+        check_rule(aten.add.Tensor, 1.0, 2.0)
+
+
+def test_assert_matches_reference_fails_where_it_should(table):
+    @rule(aten.tanh.default, override=True)
+    def tanh(self):
+        return self.physical.tanh() * 1.01
+
+    with pytest.raises(AssertionError):
+        assert_matches_reference(lambda w, x: (w * x).tanh().sum(), W, X)
