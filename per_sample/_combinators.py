@@ -41,7 +41,7 @@ def axes(dims: int | Sequence[int] | None, ndim: int) -> Any:
 
 
 def at_rank(x: Any, ndim: int) -> Any:
-    """The physical tensor with axes of size one behind the sample axis until one sample has ``ndim``; others unchanged."""
+    """The physical tensor, with axes of size one put in until one sample has ``ndim``; others unchanged."""
     if type(x) is not Batched:
         return x
     value = x.physical
@@ -49,6 +49,11 @@ def at_rank(x: Any, ndim: int) -> Any:
     if missing <= 0:
         return value
     return value.reshape(value.shape[0], *(1,) * missing, *value.shape[1:])
+
+
+def is_inexact(x: Tensor) -> bool:
+    """Whether the numbers are floating-point or complex, as those of a gradient are."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def table(combinator: Callable[[OpOverload], Run], *ops: OpOverload, route: str = "rule") -> None:
@@ -93,8 +98,8 @@ def dims(op: OpOverload) -> Run:
     named = [(i, a) for i, a in enumerate(arguments) if a.name in _AXIS_NAMES]
     positional = [i for i, a in named if not a.kwarg_only]
     # Where the dispatcher drops a default such as 0, the shifted one must be put in; -1 means the same axis anyway.
-    filled_in = {a.name: i for i, a in named if a.has_default_value() and a.default_value is not None and a.default_value != -1}
     defaults = {a.name: a.default_value for _, a in named if a.has_default_value()}
+    filled_in = {a.name: i for i, a in named if defaults.get(a.name) not in (None, -1)}
     keywords = [a.name for _, a in named if a.kwarg_only]
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -161,8 +166,8 @@ def reduce_all(op: OpOverload, over: Callable[..., Tensor]) -> Run:
 def fold(op: OpOverload, core: int) -> Run:
     """The op has a batch axis of its own, into which the samples go.
 
-    ``core`` is the rank without the batch axis; a sample of just that rank makes the sample axis the batch axis. A list argument
-    ``input_size`` counts the batch, too.
+    ``core`` is the rank without the batch axis; a sample of just that rank makes the sample axis the batch axis. A list
+    argument ``input_size`` counts the batch, too.
     """
     names = [a.name for a in op._schema.arguments]
     places = _tensor_places(op)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Explanation:
         lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
         lines.insert(1, "  ".join("-" * w for w in widths))
         ops = sum(row.count for row in self.rows)
-        held = ", ".join(f"{name} {factor}".strip() for name, factor in self.factors.items())
+        held = ", ".join(f"{count} {kind}" for kind, count in Counter(self.factors.values()).items())
         head = f"{self.n} samples, {ops} ops, {1e3 * self.seconds:.2f} ms; gradients: {held}"
         return "\n".join([head, "", *lines, "", *self._notes()])
 

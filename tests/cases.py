@@ -1,15 +1,18 @@
-"""The one table of cases: a row for every rule. Sizes are pairwise distinct, also from the numbers of samples 1 and 3."""
+"""The one table of cases: a row for every rule. Sizes are pairwise distinct, also from the numbers of samples."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from case import Case, cplx, ints, order, real, unit
+from case import Case, Input, cplx, ints, order, real, unit
+from cases_conv import CONVOLUTIONS
 from cases_layers import LAYERS
 from cases_tensors import TENSORS
 
-OUTER, CONV, ROWS, DENSE, SUM = "Outer", "ConvOuter", "Rows", "Dense", "Sum"
+OUTER, ROWS, DENSE, SUM = "Outer", "Rows", "Dense", "Sum"
 
 
 def _linear(name: str, *lead: int, keep_batch_dim: bool = False) -> Case:
@@ -104,7 +107,14 @@ LINEAR = [
 ]
 
 EMBEDDING = [
-    Case(f"embedding-{name}", fn, (real(7, 4),), (ints(7, *shape),), (ROWS,), {"aten.embedding_dense_backward.default": "rule"})
+    Case(
+        f"embedding-{name}",
+        fn,
+        (real(7, 4),),
+        (ints(7, *shape),),
+        (ROWS,),
+        {"aten.embedding_dense_backward.default": "rule"},
+    )
     for name, shape, fn in (
         ("rank0", (), lambda p, i: F.embedding(i, p[0])),
         ("rank1", (5,), lambda p, i: F.embedding(i, p[0])),
@@ -133,8 +143,61 @@ EMBEDDING += [
     ),
     Case("embedding-per-sample", lambda p, x, i: F.embedding(i, p[0] * x), (real(7, 4),), (real(7, 4), ints(7, 5))),
     Case("table-lookup", lambda p, i: p[0][i], (real(7, 4),), (ints(7, 5),)),
-    Case("one-hot", lambda p, i: F.one_hot(i, 7).double() @ p[0], (real(7, 4),), (ints(7, 5),), (OUTER,), reference=False),
+    Case(
+        "one-hot", lambda p, i: F.one_hot(i, 7).double() @ p[0], (real(7, 4),), (ints(7, 5),), (OUTER,), reference=False
+    ),
     Case("take-rows", lambda p, x, i: (p[0] * x)[i], (real(7, 4),), (real(7, 4), order(7, 5))),
 ]
 
-CASES = [*LINEAR, *EMBEDDING, *LAYERS, *TENSORS]
+_BAG_ROUTES = {"aten._embedding_bag.default": "rule", "aten._embedding_bag_backward.default": "rule"}
+_OFFSETS = torch.tensor([0, 2, 2, 7])
+
+
+def _bag(name: str, *samples: Input, **options: Any) -> Case:
+    return Case(
+        f"embedding_bag-{name}",
+        lambda p, *x: F.embedding_bag(x[0], p[0], *x[1:], **options),
+        (real(7, 4),),
+        samples,
+        (ROWS,),
+        _BAG_ROUTES,
+        reference=False,
+    )
+
+
+BAGS = [
+    *(_bag(f"2d-{mode}", ints(7, 2, 5), mode=mode) for mode in ("sum", "mean")),
+    *(_bag(f"offsets-{mode}", ints(5, 9), offsets=_OFFSETS, mode=mode) for mode in ("sum", "mean")),
+    _bag("offsets-last", ints(5, 9), offsets=torch.tensor([0, 2, 8]), mode="sum", include_last_offset=True),
+    _bag("padding", ints(7, 2, 12), mode="mean", padding_idx=2),
+    _bag("frequencies", ints(7, 2, 12), mode="sum", scale_grad_by_freq=True),
+    _bag("sparse", ints(7, 2, 5), mode="sum", sparse=True),
+    Case(
+        "embedding_bag-offsets-per-sample",
+        lambda p, i, o: F.embedding_bag(i, p[0], torch.cat([o.new_zeros(1), o + 1]), mode="sum"),
+        (real(7, 4),),
+        (ints(7, 9), ints(5, 1)),
+        (ROWS,),
+        _BAG_ROUTES,
+        reference=False,
+    ),
+    Case(
+        "embedding_bag-weights",
+        lambda p, i, x: F.embedding_bag(i, p[0], per_sample_weights=x * p[1], mode="sum", padding_idx=2),
+        (real(7, 4), real(2, 5)),
+        (ints(7, 2, 5), real(2, 5)),
+        (ROWS, DENSE),
+        _BAG_ROUTES,
+        reference=False,
+    ),
+    Case(
+        "embedding_bag-max",
+        lambda p, i: F.embedding_bag(i, p[0], mode="max"),
+        (real(7, 4),),
+        (ints(7, 2, 5),),
+        loose=frozenset(_BAG_ROUTES),
+        reference=False,
+    ),
+]
+
+CASES = [*LINEAR, *EMBEDDING, *BAGS, *CONVOLUTIONS, *LAYERS, *TENSORS]

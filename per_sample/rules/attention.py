@@ -1,7 +1,7 @@
 """Fused scaled dot product attention: the samples go into the kernels' batch axis.
 
-The fused backward kernels have no derivative of their own. Where the caller differentiates once more, the plain mathematical form
-takes their place.
+The fused backward kernels have no derivative of their own. Where the caller differentiates once more, the plain
+mathematical form takes their place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from per_sample._batched import Batched, physical, samples
 from per_sample._registry import rule
-from per_sample.rules import _attention_math
+from per_sample.rules import attention_math
 from per_sample.rules.norm import context
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def _unfolded(x: Tensor, n: int) -> Tensor:
 
 
 def _flag(x: Any, n: int) -> Any:
-    """A result that is no per-sample tensor (a seed, an empty placeholder) as one, so that it can be saved for the backward."""
+    """A result that is no per-sample tensor (a seed, a placeholder) as one, for it is saved for the backward."""
     return x.expand(n, *x.shape) if isinstance(x, Tensor) else x
 
 
@@ -69,7 +69,7 @@ def flash_attention_for_cpu(
     q, k, v = (_folded(x, n) for x in (query, key, value))
     mask = _folded_mask(attn_mask, query.shape[0], n)
     if _differentiated(query, key, value, attn_mask):
-        out, logsumexp = _attention_math.forward(q, k, v, mask, is_causal, scale)
+        out, logsumexp = attention_math.forward(q, k, v, mask, is_causal, scale)
     else:
         out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
@@ -92,13 +92,13 @@ def flash_attention_for_cpu_backward(
     scale: float | None = None,
 ) -> Any:
     n = samples(grad_out, query, key, value, attn_mask)
-    folded = [_folded(x, n) for x in (grad_out, query, key, value, out, logsumexp)]
+    g, q, k, v = (_folded(x, n) for x in (grad_out, query, key, value))
     mask = _folded_mask(attn_mask, query.shape[0], n)
     if _differentiated(grad_out, query, key, value, attn_mask):
-        grads = _attention_math.backward(*folded[:4], mask, is_causal, scale)
+        grads = attention_math.backward(g, q, k, v, mask, is_causal, scale)
     else:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *folded, dropout_p, is_causal, attn_mask=mask, scale=scale
+            g, q, k, v, _folded(out, n), _folded(logsumexp, n), dropout_p, is_causal, attn_mask=mask, scale=scale
         )
     return tuple(_unfolded(x, n) for x in grads)
 

@@ -1,6 +1,7 @@
 """Batch norm with fixed statistics, and with each sample's own (which is what instance norm amounts to).
 
-Running statistics updated from a batch mix the samples, so there is no per-sample gradient to give: those forms are refused.
+Running statistics updated from a batch mix the samples, so there is no per-sample gradient to give: those forms are
+refused.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ aten = torch.ops.aten
 
 def _refuse() -> NoReturn:
     raise BatchNormError(
-        "Batch normalisation in training mode computes its statistics over the batch and updates the running ones, so it mixes "
-        "samples and no sample has a gradient of its own. Call `.eval()` on the module, or use `torch.nn.GroupNorm` (or "
-        "`track_running_stats=False`, which normalises each sample by itself)."
+        "Batch normalisation in training mode takes its statistics from the batch and updates the running ones, so it "
+        "mixes samples and no sample has a gradient of its own. Call `.eval()` on the module, or use "
+        "`torch.nn.GroupNorm` (or `track_running_stats=False`, which normalises each sample by itself)."
     )
 
 
-def _forward(input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float) -> Any:
+def _forward(
+    input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+) -> Any:
     """``(out, save_mean, save_invstd)`` of every sample."""
     n = samples(input, weight, bias, mean, var)
     if training and mean is not None:
@@ -85,7 +88,9 @@ def native_batch_norm(
 
 
 @rule(aten._native_batch_norm_legit.no_stats)
-def native_batch_norm_legit_no_stats(input: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
+def native_batch_norm_legit_no_stats(
+    input: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> Any:
     return _forward(input, weight, bias, None, None, training, momentum, eps)
 
 
@@ -157,7 +162,16 @@ for _op in (
 
 
 def _backward(
-    grad_out: Any, input: Any, weight: Any, mean: Any, var: Any, save_mean: Any, save_invstd: Any, train: bool, eps: float, mask: Any
+    grad_out: Any,
+    input: Any,
+    weight: Any,
+    mean: Any,
+    var: Any,
+    save_mean: Any,
+    save_invstd: Any,
+    train: bool,
+    eps: float,
+    mask: Any,
 ) -> Any:
     n = samples(grad_out, input, weight, mean, var)
     g, x = physical(grad_out, n), physical(input, n)
@@ -210,7 +224,9 @@ def native_batch_norm_backward(
     eps: float,
     output_mask: Any,
 ) -> Any:
-    return _backward(grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask)
+    return _backward(
+        grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask
+    )
 
 
 @rule(aten.batch_norm_backward.default)
@@ -244,5 +260,3 @@ def cudnn_batch_norm_backward(
 ) -> Any:
     mask = (True, True, True)
     return _backward(grad_output, input, weight, running_mean, running_var, save_mean, save_var, True, epsilon, mask)
-
-

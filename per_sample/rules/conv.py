@@ -82,15 +82,16 @@ def convolution_backward(
     n = samples(grad_output, input, weight)
     g, x = physical(grad_output, n), physical(input, n)
     kernel = tuple(weight.shape[2:])
-    geometry = ConvGeometry(kernel, *(_each(v, len(kernel)) for v in (stride, padding, dilation)), groups)
-    grad_input = grad_weight = grad_bias = None
+    d = len(kernel)
+    geometry = ConvGeometry(kernel, _each(stride, d), _each(padding, d), _each(dilation, d), groups)
+    grad_weight: Any = None
+    grad_input = grad_bias = None
     if output_mask[1]:
-        grad_weight = _weight_gradient(x, g, geometry, transposed)
-        if grad_weight is None:
+        factor = _weight_gradient(x, g, geometry, transposed)
+        if factor is None:
             return NotImplemented
         ctx = next(a.ctx for a in (grad_output, input, weight) if type(a) is Batched)
-        if not ctx.backward:
-            grad_weight = grad_weight.materialize(functional=ctx.functional)
+        grad_weight = factor if ctx.backward else factor.materialize(functional=ctx.functional)
     if output_mask[0]:
         rest = (stride, padding, dilation, transposed, output_padding)
         grad_input = _input_gradient(g, x, weight, rest, groups)

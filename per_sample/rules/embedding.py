@@ -37,7 +37,7 @@ def embedding_dense_backward(
     g = physical(grad_output, n)
     g = g.reshape(n, index.shape[1], g.shape[-1])
     if scale_grad_by_freq:
-        g = g / _frequencies(index, num_weights).unsqueeze(2).to(g.dtype)
+        g = g / frequencies(index, num_weights).unsqueeze(2).to(g.dtype)
     if padding_idx >= 0:
         index = torch.where(index == padding_idx, -1, index)
     factor = Rows(index, g, num_weights)
@@ -45,7 +45,7 @@ def embedding_dense_backward(
     return factor if ctx.backward else factor.materialize(functional=ctx.functional)
 
 
-def _frequencies(index: Tensor, rows: int) -> Tensor:
+def frequencies(index: Tensor, rows: int) -> Tensor:
     """How often each position's row occurs in its sample, ``[n, t]``."""
     ones = torch.ones_like(index)
     counts = index.new_zeros(index.shape[0], rows).scatter_add(1, index, ones)
@@ -66,7 +66,7 @@ def sparse_embedding_gradient(
     pin_memory: Any = False,
     is_coalesced: bool | None = None,
 ) -> Any:
-    """What an embedding with ``sparse=True`` returns in its backward: the rows ``values [t, i]`` at ``indices [1, t]``."""
+    """The backward of an embedding with ``sparse=True``: the rows ``values [t, i]`` at ``indices [1, t]``."""
     if sparse_dim != 1 or dense_dim != 1:
         return NotImplemented
     n = samples(indices, values)

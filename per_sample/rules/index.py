@@ -98,7 +98,7 @@ def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
 
 
 def _layout(self: Any, indices: Any, n: int) -> tuple[list[Any], Any, Any]:
-    """The physical tensors of indices, and how the result's axes move (as in ``movedim``) to ``[n, *the program's result]``.
+    """The physical indices, and how the result's axes move (as in ``movedim``) to ``[n, *the program's result]``.
 
     torch puts the indexed axes where the indices stand if they stand side by side, and in front otherwise.
     """

@@ -1,7 +1,8 @@
 """Matrix products.
 
-A shared operand is met by one product with the sample axis folded into the rows. In the backward pass the product of two
-per-sample matrices is a weight's gradient in disguise, so it stays an ``Outer`` factor until somebody asks for its numbers.
+A shared operand is met by one product with the sample axis folded into the rows. In the backward pass the product of
+two per-sample matrices is a weight's gradient in disguise, so it stays an ``Outer`` factor until somebody asks for its
+numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from per_sample._batched import Batched, physical, samples
-from per_sample._combinators import at_rank
+from per_sample._combinators import at_rank, is_inexact
 from per_sample._factors import Outer
 from per_sample._registry import rule
 
@@ -30,9 +31,14 @@ def _matrix_product(a: Any, b: Any) -> Tensor:
     return torch.bmm(a.physical, b.physical)
 
 
+def _is_gradient(a: Any, b: Any) -> bool:
+    """Whether a product of two per-sample matrices may be a weight's gradient."""
+    return type(a) is Batched and type(b) is Batched and a.ctx.backward and is_inexact(a)
+
+
 @rule(aten.mm.default)
 def mm(self: Any, mat2: Any) -> Any:
-    if type(self) is Batched and type(mat2) is Batched and self.ctx.backward:
+    if _is_gradient(self, mat2):
         return Outer(self.physical, mat2.physical)
     return _matrix_product(self, mat2)
 
@@ -81,7 +87,7 @@ def _rows_times_shared(value: Tensor, shared: Tensor) -> Tensor:
 
 @rule(aten.bmm.default)
 def bmm(self: Any, mat2: Any) -> Any:
-    if type(self) is Batched and type(mat2) is Batched and self.ctx.backward:
+    if _is_gradient(self, mat2):
         return Outer(self.physical, mat2.physical)
     return _batched_product(self, mat2)
 

@@ -1,7 +1,7 @@
 """Layer, RMS and group norm.
 
-Where the result may be differentiated once more (``functional``) the backward is written out in differentiable ops; the statistics
-are then recomputed from the input, because torch hands them on without their derivative.
+Where the result may be differentiated once more (``functional``) the backward is written out in differentiable ops; the
+statistics are then recomputed from the input, because torch hands them on without their derivative.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def native_layer_norm_backward(
 
 
 def _scaled_sum(centred: Tensor, g: Tensor, rstd: Tensor, shape: Any, functional: bool) -> Tensor:
-    """The sum over the positions of ``centred * rstd * g``, with one temporary of the input's size; ``centred`` is used up."""
+    """The sum over the positions of ``centred * rstd * g``; ``centred`` is used up, to save a temporary of its size."""
     n, size = g.shape[0], math.prod(shape)
     product = centred * g if functional or centred.dtype != g.dtype else centred.mul_(g)
     product = product.reshape(n, -1, size)
@@ -172,7 +172,7 @@ def native_group_norm_backward(
     group: int,
     output_mask: Any,
 ) -> Any:
-    """All samples' channels as those of one sample: the kernel's weight gradient is then one for each sample and channel."""
+    """All samples' channels as those of one sample: the kernel then gives one weight gradient for each of them."""
     n = samples(grad_out, input, mean, weight)
     ctx = context(grad_out, input, mean, weight)
     g, x = physical(grad_out, n), physical(input, n)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from per_sample import _factors
 from per_sample._batched import Batched
-from per_sample._combinators import at_rank, pointwise_table
+from per_sample._combinators import at_rank, is_inexact, pointwise_table
 from per_sample._factors import Outer
 from per_sample._pointwise import pointwise
 from per_sample._registry import rule
@@ -79,7 +79,7 @@ def _is_scale(x: Any, of: Tensor) -> bool:
 
 
 def _is_outer_product(a: Any, b: Any) -> bool:
-    """Whether ``a * b`` is a column times a row, as the backward of ``mv`` and of ``outer`` writes a weight's gradient."""
+    """Whether ``a * b`` is a column times a row: so the backward of ``mv`` and ``outer`` writes a weight gradient."""
     return (
         type(a) is Batched
         and type(b) is Batched
@@ -88,6 +88,7 @@ def _is_outer_product(a: Any, b: Any) -> bool:
         and a.shape[1] == 1
         and (b.dim() == 1 or (b.dim() == 2 and b.shape[0] == 1))
         and a.dtype == b.dtype
+        and is_inexact(a)
     )
 
 

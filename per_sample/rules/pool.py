@@ -90,7 +90,7 @@ for _core, _ops in _FOLDED.items():
 @rule(aten.constant_pad_nd.default)
 def constant_pad_nd(self: Any, pad: Any, value: Any = 0) -> Any:
     if len(pad) > 2 * self.dim():
-        raise RuntimeError(f"Padding length should be at most twice the number of dimensions of the input; got {len(pad)} for {self.dim()}.")
+        raise RuntimeError(
+            f"`pad` has {len(pad)} entries, but the input has {self.dim()} dimensions, with two entries each."
+        )
     return torch.constant_pad_nd(self.physical, pad, value)
-
-

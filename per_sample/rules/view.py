@@ -64,7 +64,7 @@ def _led(factor: Outer, lead: tuple[int, ...]) -> Outer:
 
 
 def _permuted_factor(factor: Factor, order: list[int]) -> Factor | None:
-    """The factor with its axes in another order (0 is the first behind the sample axis), where its form can express that."""
+    """The factor with its axes (0 is the first of a sample) in another order, where its form can express that."""
     shape = tuple(factor.shape[d] for d in order)
     wide = [d for d, size in enumerate(factor.shape) if size != 1]
     if [d for d in order if factor.shape[d] != 1] == wide:
