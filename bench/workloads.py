@@ -97,6 +97,4 @@ _TABLE = (
 WORKLOADS: dict[str, Workload] = {w.name: w for w in _TABLE}
 
 # Not in the report: its kernels cost next to nothing, so that its time is that of the Python around them (`overhead`).
-RESNET_TINY = Workload(
-    "resnet18-gn-tiny", 2, lambda: ResNet18(width=4), _images(3, 8, 8), _classify, keep_batch_dim=True
-)
+RESNET_TINY = Workload("resnet18-gn-tiny", 2, lambda: ResNet18(width=4), _images(3, 8, 8), _classify, keep_batch_dim=True)

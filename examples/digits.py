@@ -124,9 +124,7 @@ def norms(grads: Params) -> Tensor:
     return torch.stack([g.flatten(1).square().sum(1) for g in optree.tree_leaves(grads)]).sum(0).sqrt()
 
 
-def step(
-    params: Params, state: Adam, images: Tensor, labels: Tensor, rate: float
-) -> tuple[Params, Adam, Tensor, Tensor]:
+def step(params: Params, state: Adam, images: Tensor, labels: Tensor, rate: float) -> tuple[Params, Adam, Tensor, Tensor]:
     """One update; also returns every sample's loss and gradient norm."""
     grads, losses = per_sample_grad_and_value(loss)(params, images, labels)
     mean = optree.tree_map(lambda g: g.mean(0), grads)
@@ -158,8 +156,7 @@ def train(
                 params, state, losses[index], history[epoch, index] = step(params, state, images, labels, rate)
                 progress.advance(task)
             progress.console.print(
-                f"epoch {epoch + 1:3d}   loss {losses.mean():.3f}   test accuracy "
-                f"{accuracy(params, test_set.images, test_set.given):.1%}"
+                f"epoch {epoch + 1:3d}   loss {losses.mean():.3f}   test accuracy {accuracy(params, test_set.images, test_set.given):.1%}"
             )
     return params, history
 

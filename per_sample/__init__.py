@@ -1,7 +1,7 @@
 """Every sample's gradient at about the price of one batched gradient."""
 
-from per_sample import rules as _rules  # noqa: F401  (fills the rule table)
 from per_sample import grad, reference, testing
+from per_sample import rules as _rules  # noqa: F401  (fills the rule table)
 from per_sample._batched import Batched, physical
 from per_sample._errors import (
     ArgumentError,

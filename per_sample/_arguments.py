@@ -105,7 +105,9 @@ def _check_differentiable(leaf: Any, i: int) -> None:
     if leaf is None:
         return
     if not isinstance(leaf, Tensor):
-        raise ArgumentError(f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}; every leaf must be a tensor.")
+        raise ArgumentError(
+            f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}; every leaf must be a tensor."
+        )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise ArgumentError(
             f"Argument {i} is differentiated (argnums), but has a leaf of dtype {leaf.dtype}; gradients need floating-point or complex "
@@ -126,9 +128,7 @@ def _batch_size(leaves: list[Any], dims: list[int | None], owner: list[int]) -> 
 
 def chunk(arguments: Arguments, start: int, size: int) -> list[Any]:
     """The leaves of samples ``start : start + size``."""
-    return [
-        leaf if dim is None else leaf.narrow(dim, start, size) for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)
-    ]
+    return [leaf if dim is None else leaf.narrow(dim, start, size) for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)]
 
 
 def one_zero_sample(arguments: Arguments) -> list[Any]:

@@ -100,9 +100,9 @@ class Batched(torch.Tensor):
     factor: Factor | None = None
     _value: Tensor | None = None
     # Set by the interpreter, which this module cannot import.
-    dispatch: ClassVar[Callable[[Context, Any, Any, Any], Any]]
+    interpret: ClassVar[Callable[[Context, Any, Any, Any], Any]]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def physical(self) -> Tensor:
@@ -126,7 +126,7 @@ class Batched(torch.Tensor):
         return self.ctx.n
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only where the context's mode is not on the stack: from inside a rule, or after the transform has ended.
         for a in torch.utils._pytree.arg_tree_leaves(*args, **(kwargs or {})):
             if type(a) is Batched:
@@ -135,7 +135,7 @@ class Batched(torch.Tensor):
                         f"`{func}` met a per-sample tensor that outlived the transform it came from. Return such values "
                         "from the function (with `has_aux=True`) instead of storing them outside."
                     )
-                return cls.dispatch(a.ctx, func, args, kwargs or {})
+                return cls.interpret(a.ctx, func, args, kwargs or {})
         return NotImplemented
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -149,9 +149,9 @@ class Batched(torch.Tensor):
             "inside the function. Return it with `has_aux=True` and convert it outside."
         )
 
-    tolist = numpy = __array__ = _no_value  # type: ignore[assignment]
+    tolist = numpy = __array__ = _no_value
 
-    def __deepcopy__(self, memo: Any) -> Tensor:  # noqa: ARG002
+    def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone()
 
 

@@ -93,7 +93,7 @@ class CallerMode(TorchFunctionMode):
         self.enclosing = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, CallerMode)]
         self.lifted: dict[int, tuple[Tensor, Batched]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _DETACH and type(args[0]) is Batched and args[0].ctx is self.ctx:
             return self._detach(args[0])

@@ -37,7 +37,7 @@ def _one(x: Tensor, dim: int) -> Tensor:
 
 
 @torch.library.register_fake("per_sample::gradient", lib=_library)
-def _gradient(loss: Tensor, leaves: list[Tensor], n: int) -> list[Tensor]:  # noqa: ARG001
+def _gradient(loss: Tensor, leaves: list[Tensor], n: int) -> list[Tensor]:
     return [x.new_empty((n, *x.shape)) for x in leaves]
 
 
@@ -125,7 +125,9 @@ def grad_and_value(fn: Any, options: tuple[Any, ...], args: tuple[Any, ...], kwa
         return per_sample(one, randomness=randomness)
 
     if chunk_size is not None and randomness == "same":
-        raise UnsupportedError("randomness='same' with `chunk_size` sets the generator back for each chunk, which torch.compile cannot trace.")
+        raise UnsupportedError(
+            "randomness='same' with `chunk_size` sets the generator back for each chunk, which torch.compile cannot trace."
+        )
     if chunk_size is None or chunk_size >= n:
         grads, values, aux = piece(leaves, size)
     else:

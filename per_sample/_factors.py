@@ -28,7 +28,7 @@ class Factor(ABC):
     def materialize(self, *, functional: bool = False) -> Tensor:
         """The gradients, ``[n, *shape]``; ``functional``: by differentiable, out-of-place ops alone."""
 
-    def algorithm(self, *, functional: bool = False) -> str:  # noqa: ARG002
+    def algorithm(self, *, functional: bool = False) -> str:
         """The name of the algorithm that ``materialize`` would use, for ``explain``."""
         return "materialize"
 
@@ -56,7 +56,7 @@ class Dense(Factor):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.value.shape[1:])
 
-    def materialize(self, *, functional: bool = False) -> Tensor:  # noqa: ARG002
+    def materialize(self, *, functional: bool = False) -> Tensor:
         return self.value
 
     def scale(self, c: Scalar) -> Factor:
@@ -132,7 +132,7 @@ class Rows(Factor):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.num_rows, self.g.shape[-1])
 
-    def materialize(self, *, functional: bool = False) -> Tensor:  # noqa: ARG002
+    def materialize(self, *, functional: bool = False) -> Tensor:
         n, _, width = self.g.shape
         start = torch.arange(n, device=self.index.device)[:, None] * self.num_rows
         # Dropped positions go to one spare row behind the last sample.

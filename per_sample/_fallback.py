@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._functorch.vmap import lazy_load_decompositions
+from torch._functorch import vmap as functorch_vmap
 from torch._ops import OpOverload
 
 from per_sample._batched import context_of, is_batched, wrap
@@ -20,7 +20,7 @@ from per_sample._batched import context_of, is_batched, wrap
 @functools.cache
 def has_vmap_rule(op: OpOverload) -> bool:
     """Whether functorch runs the op on the whole batch, rather than in a loop of its own."""
-    lazy_load_decompositions()
+    functorch_vmap.lazy_load_decompositions()  # type: ignore[attr-defined]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     name = op.name()
     keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "FuncTorchVmapMode", "CompositeImplicitAutograd")

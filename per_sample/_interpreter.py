@@ -14,14 +14,23 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from per_sample._keys import all_keys
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from per_sample import _fallback, _registry
 from per_sample._batched import Batched, Context, storage_of, wrap, wrap_factor, wrap_shared
-from per_sample._caller import Restart
-from per_sample._errors import DataDependentError, PerSampleError, RandomnessError, RuleError, SharedWriteError, UnsupportedError
+from per_sample._errors import PerSampleError, UnsupportedError
 from per_sample._factors import Factor
+from per_sample._guards import (
+    DATA_TAGS,
+    check_closure,
+    check_data,
+    check_random,
+    check_shared_draw,
+    check_writes,
+    refuse_random,
+    refuse_shape,
+)
+from per_sample._keys import all_keys
 from per_sample._pointwise import pointwise
 from per_sample._shapes import check_result
 
@@ -43,30 +52,13 @@ class Entry:
 
 _ENTRIES: dict[Any, Entry] = {}
 _NO_TENSOR = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
-_registry.on_change(lambda op: _ENTRIES.pop(op, None))
-
-_DATA_DEPENDENT = {
-    aten._local_scalar_dense.default: "`.item()`, `float()`, `int()` or a branch (`if`, `bool()`)",
-    aten.is_nonzero.default: "a branch (`if`, `bool()`)",
-    aten.equal.default: "`torch.equal`",
-    aten.nonzero.default: "`nonzero`, or indexing with a mask",
-    aten.masked_select.default: "`masked_select`, or indexing with a mask",
-    aten.index.Tensor: "indexing with a mask",
-    aten.index_put.default: "indexing with a mask",
-    aten.index_put_.default: "indexing with a mask",
-    aten._unique2.default: "`unique`",
-    aten.unique_dim.default: "`unique`",
-    aten.unique_consecutive.default: "`unique_consecutive`",
-}
 
 
-_DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_MASKED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+def _forget(op: OpOverload) -> None:
+    _ENTRIES.pop(op, None)
 
 
-def _has_mask(values: list[Any]) -> bool:
-    """Whether an index is a mask that differs between samples, which selects a different number of elements in each."""
-    return any(type(i) is Batched and i.dtype in (torch.bool, torch.uint8) for i in values[1])
+_registry.on_change(_forget)
 
 
 def _resolve(op: OpOverload) -> Entry:
@@ -77,7 +69,7 @@ def _resolve(op: OpOverload) -> Entry:
     random = _registry.is_random(op)
     if rule is None and not random:
         # `equal` is tagged pointwise too, although it returns one Python bool.
-        if torch.Tag.pointwise in op.tags and not _DATA_TAGS & set(op.tags) and "out" not in op._overloadname:
+        if torch.Tag.pointwise in op.tags and not DATA_TAGS & set(op.tags) and "out" not in op._overloadname:
             run, route = pointwise(op), "pointwise"
         elif not _fallback.has_vmap_rule(op):
             route = "loop"
@@ -99,7 +91,7 @@ class Interpreter(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(self.ctx, func, args, kwargs or {})
 
 
@@ -126,7 +118,7 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
             pass
         elif isinstance(a, Tensor):
             if a.requires_grad and ctx.grad_mode and ctx.caller is None:
-                _check_closure(ctx, a)
+                check_closure(ctx, a)
         elif entry.nested and isinstance(a, (list, tuple)):
             a, inner_batched, inner_lifted = _unwrap_list(ctx, a)
             batched |= inner_batched
@@ -148,7 +140,7 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         if out is not NotImplemented:
             return _rewrap(ctx, entry, func, values, out)
     if entry.writes:
-        _check_writes(ctx, func, entry, values)
+        check_writes(ctx, func, entry.writes, values)
     if ctx.recorder is not None:
         return ctx.recorder.op(func, entry.route, lambda: _run(ctx, entry, func, args, values, kwargs))
     return _run(ctx, entry, func, args, values, kwargs)
@@ -167,7 +159,7 @@ def _special(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented
 
 
-Batched.dispatch = staticmethod(dispatch)
+Batched.interpret = staticmethod(dispatch)
 
 
 def _alias(ctx: Context, x: Tensor) -> Tensor:
@@ -195,27 +187,6 @@ def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> An
     return x
 
 
-def _check_closure(ctx: Context, x: Tensor) -> None:
-    """Begin again with the caller's context if a tensor that requires grad comes from outside the function.
-
-    Inside functorch transforms of the program's own, tensors born in the function require grad too; those are no concern.
-    """
-    if x.grad_fn is None:
-        leaves = [x]
-    else:
-        leaves, waiting, seen = [], [x.grad_fn], set()
-        while waiting:
-            node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-            waiting += [following for following, _ in node.next_functions if following is not None]
-    if any(type(leaf) is not Batched and storage_of(leaf) not in ctx.born for leaf in leaves):
-        raise Restart
-
-
 def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
     batched = lifted = False
     values = []
@@ -227,7 +198,7 @@ def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
             else:
                 batched = True
         elif isinstance(x, Tensor) and x.requires_grad and ctx.grad_mode and ctx.caller is None:
-            _check_closure(ctx, x)
+            check_closure(ctx, x)
         values.append(x)
     return values, batched, lifted
 
@@ -259,13 +230,9 @@ def _physical(ctx: Context, entry: Entry, func: Any, values: list[Any], kwargs: 
             return out
         if ctx.recorder is not None:
             ctx.recorder.took("fallback" if _fallback.has_vmap_rule(func) else "loop")
-    if (func in _MASKED and _has_mask(values)) or (_DATA_TAGS & set(func.tags) and func not in _MASKED):
-        raise DataDependentError(
-            f"{_DATA_DEPENDENT.get(func, f'`{func}`')} asks for the value of a tensor that differs between samples. Use `torch.where` or masks "
-            "instead of a branch, keep the value as a tensor, or return it with `has_aux=True`."
-        )
+    check_data(func, values)
     if entry.random:
-        _check_random(func, ctx)
+        check_random(ctx, func)
     if ctx.caller is not None:
         return _fall_back(ctx, func, values, kwargs)
     with all_keys(), torch.no_grad():
@@ -288,12 +255,8 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     """An op none of whose arguments differs between samples: once for all."""
     if entry.random and ctx.randomness != "same":
         if ctx.randomness == "error":
-            _refuse_random(func)
-        if entry.writes:
-            raise RandomnessError(
-                f"`{func}` fills a tensor that all samples share, so every sample would get the same numbers. Make the tensor from a "
-                "per-sample one (`torch.empty_like(x)`, `x.new_empty(...)`), or pass randomness='same'."
-            )
+            refuse_random(func)
+        check_shared_draw(func, entry.writes)
         with all_keys(), torch.no_grad():
             like = torch.empty(ctx.n)
             return wrap(ctx, _fallback.shared_draw(func, tuple(values), kwargs, like, ctx.randomness))
@@ -304,7 +267,7 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
             ctx.born.add(storage_of(out))
         return out
     if entry.writes:
-        _check_writes(ctx, func, entry, values)
+        check_writes(ctx, func, entry.writes, values)
     run = functools.partial(_run_once, ctx, func, values, kwargs)
     out = run() if ctx.recorder is None else ctx.recorder.op(func, "shared", run)
     if entry.writes:
@@ -327,31 +290,6 @@ def _run_once(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
         return func(*values, **kwargs)
 
 
-def _check_writes(ctx: Context, func: Any, entry: Entry, values: list[Any]) -> None:
-    """An in-place op must not put one sample's value where others read, nor change a tensor of the caller's."""
-    for i in entry.writes:
-        target = values[i] if i < len(values) else None
-        if not isinstance(target, Tensor):
-            raise UnsupportedError(f"`{func}` with `out=` is not supported on per-sample tensors; use the form that returns its result.")
-        if type(target) is not Batched or target.ctx is not ctx:
-            if any(type(v) is Batched and v.ctx is ctx for v in values):
-                raise SharedWriteError(
-                    f"`{func}` writes a per-sample value into a tensor of shape {list(target.shape)} that all samples share. Make the "
-                    "target from a per-sample tensor (`x.new_zeros(...)`, `torch.zeros_like(x)`), or build the result with `torch.stack`."
-                )
-            value = target
-        else:
-            value = target.physical
-        if not ctx.owns(value):
-            raise SharedWriteError(
-                f"`{func}` would change an argument of the transform in place (shape {list(target.shape)}); inputs are never modified. "
-                "Write into a copy: `x = x.clone()` first."
-            )
-    if ctx.pending:
-        for factored in list(ctx.pending.values()):
-            factored.physical  # noqa: B018
-
-
 def _written(func: Any, entry: Entry, args: Any, out: Any) -> Any:
     if len(func._schema.returns) == 0:
         return None
@@ -365,7 +303,7 @@ def _rewrap(ctx: Context, entry: Entry, func: Any, values: list[Any], out: Any) 
         if type(out) is Batched and out.ctx is ctx:
             return out
         if out.dim() == 0 or out.shape[0] != ctx.n:
-            _refuse_shape(func, entry, out, ctx.n)
+            refuse_shape(func, entry.run, out, ctx.n)
         return wrap(ctx, out)
     if isinstance(out, Factor):
         # The tensor whose dtype the gradient has: no index.
@@ -373,28 +311,6 @@ def _rewrap(ctx: Context, entry: Entry, func: Any, values: list[Any], out: Any) 
     if isinstance(out, (tuple, list)):
         return type(out)([_rewrap(ctx, entry, func, values, o) for o in out])
     return out
-
-
-def _refuse_shape(func: Any, entry: Entry, out: Tensor, n: int) -> None:
-    name = getattr(entry.run, "__qualname__", entry.route)
-    raise RuleError(
-        f"The rule `{name}` of `{func}` returned a tensor of shape {list(out.shape)}; expected the physical result, whose axis 0 is the "
-        f"sample axis of size {n}."
-    )
-
-
-def _check_random(func: Any, ctx: Context) -> None:
-    if ctx.randomness == "error":
-        _refuse_random(func)
-    if ctx.randomness == "same" and not _fallback.has_vmap_rule(func):
-        raise RandomnessError(f"`{func}` has no form in which all samples draw the same numbers; pass randomness='different'.")
-
-
-def _refuse_random(func: Any) -> None:
-    raise RandomnessError(
-        f"`{func}` draws random numbers, and randomness='error' (the default) does not say whether the samples share them. Pass "
-        "randomness='different' (each sample its own) or 'same'."
-    )
 
 
 def _higher_order(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:

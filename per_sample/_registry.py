@@ -67,7 +67,7 @@ def rule(*ops: OpOverload, override: bool = False) -> Callable[[F], F]:
 
     Example:
         >>> import torch, per_sample
-        >>> @per_sample.rule(torch.ops.aten.trace.default)
+        >>> @per_sample.rule(torch.ops.aten.trace.default, override=True)
         ... def trace(self):
         ...     return self.physical.diagonal(dim1=1, dim2=2).sum(-1)
     """
@@ -93,10 +93,14 @@ def _check_signature(op: OpOverload, function: Callable[..., Any]) -> None:
     for parameter, argument in zip(parameters, expected, strict=True):
         has_default = parameter.default is not inspect.Parameter.empty
         if argument.kwarg_only != (parameter.kind is inspect.Parameter.KEYWORD_ONLY):
-            raise RuleError(f"The rule `{function.__qualname__}` of `{op}`: `{argument.name}` must be keyword-only exactly as in the schema.")
+            raise RuleError(
+                f"The rule `{function.__qualname__}` of `{op}`: `{argument.name}` must be keyword-only exactly as in the schema."
+            )
         # The dispatcher drops arguments that equal their defaults.
         if argument.has_default_value() and not has_default:
-            raise RuleError(f"The rule `{function.__qualname__}` of `{op}`: `{argument.name}` needs the schema's default {argument.default_value!r}.")
+            raise RuleError(
+                f"The rule `{function.__qualname__}` of `{op}`: `{argument.name}` needs the schema's default {argument.default_value!r}."
+            )
 
 
 def is_random(op: OpOverload) -> bool:

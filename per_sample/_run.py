@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -222,5 +223,5 @@ def random_states(leaves: list[Any]) -> list[Callable[[], None]]:
     for device in (d for d in devices if d.type not in ("cpu", "meta")):
         module = torch.get_device_module(device)
         state = module.get_rng_state(device)
-        restores.append(lambda module=module, state=state, device=device: module.set_rng_state(state, device))
+        restores.append(functools.partial(module.set_rng_state, state, device))
     return restores

@@ -49,9 +49,7 @@ class Explanation:
 
     def _cells(self) -> list[tuple[str, ...]]:
         total = sum(row.seconds for row in self.rows) or 1.0
-        return [
-            (row.op, row.route, str(row.count), f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / total:.1f}%") for row in self.rows
-        ]
+        return [(row.op, row.route, str(row.count), f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / total:.1f}%") for row in self.rows]
 
     def _notes(self) -> list[str]:
         return [f"{route}: {_MEANING[route]}" for route in _MEANING if route in self.routes()]

@@ -123,9 +123,11 @@ def _check_choice(op: OpOverload, args: Any, kwargs: Any, batched: list[int], n:
             continue
         value = got.physical if type(got) is Batched and not got.shared else got.expand(n, *got.shape)
         for j in range(n):
-            torch.testing.assert_close(
-                value[j], wanted[j][k], rtol=rtol, atol=atol, msg=lambda m, j=j, k=k: f"`{op}` with arguments {batched} batched, sample {j}, result {k}: {m}"
-            )
+            where = f"`{op}` with arguments {batched} batched, sample {j}, result {k}"
+            try:
+                torch.testing.assert_close(value[j], wanted[j][k], rtol=rtol, atol=atol)
+            except AssertionError as err:
+                raise AssertionError(f"{where}: {err}") from err
 
 
 def _samples_like(x: Tensor, n: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-
 import torch
 from torch import Tensor
 
@@ -132,9 +131,7 @@ def _grad_and_value(fn: Callable[..., Any], options: tuple[Any, ...], args: tupl
     return grads, ((values, aux) if has_aux else values)
 
 
-def outcomes(
-    program: Program, arguments: Arguments, chunk_size: int | None, recorder: Recorder | None = None
-) -> Iterator[Outcome]:
+def outcomes(program: Program, arguments: Arguments, chunk_size: int | None, recorder: Recorder | None = None) -> Iterator[Outcome]:
     """One ``Outcome`` for each chunk of samples; an empty batch yields that of one sample of zeros."""
     n = arguments.n
     if n == 0:

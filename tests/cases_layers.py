@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 def _norm(name: str, fn: Callable[..., Any], width: tuple[int, ...], *shape: int, **options: Any) -> Case:
-    return Case(
-        name, lambda p, x: fn(x, *p), (real(*width), real(*width)), (real(*shape),), ("Dense", "Dense"), **options
-    )
+    return Case(name, lambda p, x: fn(x, *p), (real(*width), real(*width)), (real(*shape),), ("Dense", "Dense"), **options)
 
 
 def _fixed(x: torch.Tensor, w: Any, b: Any) -> torch.Tensor:
@@ -109,15 +107,9 @@ IMAGES = [
     *_both("pixel_shuffle", lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2).sin(), 2), 4, 6, 5),
     _map("channel_shuffle", lambda x: F.channel_shuffle(x.unsqueeze(0), 2), 4, 6, 5),
     *(_batched_only(f"{mode}1d", 4, 8, scale_factor=2, mode=mode) for mode in ("nearest", "nearest-exact", "linear")),
-    *(
-        _batched_only(f"{mode}2d", 4, 8, 9, size=(10, 7), mode=mode)
-        for mode in ("nearest", "nearest-exact", "bilinear", "bicubic")
-    ),
+    *(_batched_only(f"{mode}2d", 4, 8, 9, size=(10, 7), mode=mode) for mode in ("nearest", "nearest-exact", "bilinear", "bicubic")),
     *(_batched_only(f"{mode}-aa", 4, 8, 9, size=(5, 7), mode=mode, antialias=True) for mode in ("bilinear", "bicubic")),
-    *(
-        _batched_only(f"{mode}3d", 4, 6, 7, 5, scale_factor=2, mode=mode)
-        for mode in ("nearest", "nearest-exact", "trilinear")
-    ),
+    *(_batched_only(f"{mode}3d", 4, 6, 7, 5, scale_factor=2, mode=mode) for mode in ("nearest", "nearest-exact", "trilinear")),
     Case(
         "grid_sample",
         lambda p, x, g: F.grid_sample((x * p[0]).unsqueeze(0), (g * p[1]).unsqueeze(0), align_corners=False),
@@ -219,9 +211,7 @@ LOSSES = [
     *_loss("cross_entropy-batch", F.cross_entropy, ints(5, 4), 4, 5),
     *_loss("cross_entropy-smoothed", _smoothed, ints(5, 4), 4, 5, reference=False),
     *_loss("nll-weight", lambda x, y, reduction: _nll(x, y, reduction, weight=_WEIGHT), ints(5), 5),
-    *_loss(
-        "nll-ignore", lambda x, y, reduction: _nll(x, y, reduction, weight=_WEIGHT, ignore_index=1), ints(5, 9), 9, 5
-    ),
+    *_loss("nll-ignore", lambda x, y, reduction: _nll(x, y, reduction, weight=_WEIGHT, ignore_index=1), ints(5, 9), 9, 5),
     *_loss("nll2d", _images_last(_nll), ints(5, 2, 4, 6), 2, 4, 6, 5),
     *_loss(
         "nll2d-ignore",
@@ -241,9 +231,7 @@ LOSSES = [
     *_loss("mse", F.mse_loss, real(4, 5), 4, 5),
     *_loss("mse-scalar", lambda x, y, reduction: F.mse_loss(x.sum(), y, reduction=reduction), real(), 5),
     *_loss("l1", F.l1_loss, real(4, 5), 4, 5),
-    *_loss(
-        "smooth_l1", lambda x, y, reduction: F.smooth_l1_loss(x, y, beta=0.5, reduction=reduction), real(4, 5), 4, 5
-    ),
+    *_loss("smooth_l1", lambda x, y, reduction: F.smooth_l1_loss(x, y, beta=0.5, reduction=reduction), real(4, 5), 4, 5),
     *_loss("huber", lambda x, y, reduction: F.huber_loss(x, y, delta=0.5, reduction=reduction), real(4, 5), 4, 5),
     *_loss("soft_margin", F.soft_margin_loss, real(4, 5), 4, 5),
     *_loss(
@@ -255,9 +243,7 @@ LOSSES = [
     ),
     *_loss(
         "bce_logits",
-        lambda x, y, reduction: F.binary_cross_entropy_with_logits(
-            x, y, _WEIGHT, pos_weight=_WEIGHT + 1, reduction=reduction
-        ),
+        lambda x, y, reduction: F.binary_cross_entropy_with_logits(x, y, _WEIGHT, pos_weight=_WEIGHT + 1, reduction=reduction),
         unit(4, 5),
         4,
         5,

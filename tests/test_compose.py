@@ -197,11 +197,11 @@ class Straight(torch.autograd.Function):
     """Rounding whose gradient is taken to be one."""
 
     @staticmethod
-    def forward(ctx, x):  # noqa: ARG004
+    def forward(ctx, x):
         return x.round()
 
     @staticmethod
-    def backward(ctx, g):  # noqa: ARG004
+    def backward(ctx, g):
         return g
 
 

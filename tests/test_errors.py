@@ -222,7 +222,7 @@ def test_a_tensor_that_escapes():
 
 
 def test_an_op_that_fails_says_which():
-    with pytest.raises((per_sample.UnsupportedError, RuntimeError), match="mm|size"):
+    with pytest.raises((per_sample.UnsupportedError, RuntimeError), match=r"mm|size"):
         grads_of(lambda w, x: (w @ x.reshape(1, 3) @ w).sum())
 
 

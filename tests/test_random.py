@@ -28,9 +28,9 @@ DRAWS = {
     "randperm": lambda x: x[torch.randperm(3)],
     "normal": lambda x: x + torch.normal(0.0, 1.0, (3,)),
     "several": lambda x: F.dropout(x + torch.randn(3), 0.3) * torch.rand_like(x),
-    "attention with dropout": lambda x: (
-        F.scaled_dot_product_attention(x.view(1, 1, 3, 1), x.view(1, 1, 3, 1), x.view(1, 1, 3, 1), dropout_p=0.3).view(3)
-    ),
+    "attention with dropout": lambda x: F.scaled_dot_product_attention(
+        x.view(1, 1, 3, 1), x.view(1, 1, 3, 1), x.view(1, 1, 3, 1), dropout_p=0.3
+    ).view(3),
 }
 
 
@@ -69,7 +69,7 @@ def test_no_random_number_is_drawn_twice_when_the_run_begins_again():
 
     def run(psg):
         torch.manual_seed(0)
-        out = psg(lambda w, x: ((w @ F.dropout(x, 0.5)).sum() * (c * x).sum()), randomness="different")(W, X)
+        out = psg(lambda w, x: (w @ F.dropout(x, 0.5)).sum() * (c * x).sum(), randomness="different")(W, X)
         return out, torch.autograd.grad(out.square().sum(), c)[0], torch.rand(1)
 
     torch.testing.assert_close(run(per_sample_grad), run(reference.per_sample_grad))

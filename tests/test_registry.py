@@ -19,7 +19,9 @@ def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 scale.register_fake(lambda x, factor: torch.empty_like(x))
-scale.register_autograd(lambda ctx, g: (scale(g, ctx.factor), None), setup_context=lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1]))
+scale.register_autograd(
+    lambda ctx, g: (scale(g, ctx.factor), None), setup_context=lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1])
+)
 SCALE = torch.ops.per_sample_tests.scale.default
 
 
@@ -134,7 +136,7 @@ def test_parameters_must_be_the_schemas(table, function, pattern):
 
 
 def test_defaults_must_be_there(table):
-    with pytest.raises(per_sample.RuleError, match="beta|default"):
+    with pytest.raises(per_sample.RuleError, match=r"beta|default"):
 
         @rule(aten.addmm.default, override=True)
         def addmm(self, mat1, mat2, *, beta, alpha):

@@ -11,10 +11,10 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from tree_oracle import assert_close, loop
 
 from per_sample import per_sample_grad, per_sample_grad_and_value, reference
 from per_sample._batched import Batched
+from tree_oracle import assert_close, loop
 
 D = torch.float64
 N = 4
@@ -252,7 +252,7 @@ def test_eight_threads_at_once():
             for _ in range(10):
                 scaled = per_sample_grad(lambda p, x, y: (i + 1) * loss(p, x, y))(P, X, Y)
                 torch.testing.assert_close(scaled["w"], (i + 1) * expected["w"])
-        except BaseException as err:  # noqa: BLE001
+        except BaseException as err:
             failures.append(err)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]

@@ -63,9 +63,7 @@ def conv_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional: 
     return _plan(x, g, geometry, functional, settings.conv_algorithm, settings.scratch_bytes)[0]
 
 
-def _plan(
-    x: Tensor, g: Tensor, geometry: ConvGeometry, functional: bool, override: str | None, scratch_bytes: int
-) -> tuple[str, int]:
+def _plan(x: Tensor, g: Tensor, geometry: ConvGeometry, functional: bool, override: str | None, scratch_bytes: int) -> tuple[str, int]:
     shapes = tuple(x.shape), tuple(g.shape)
     if not all(type(size) is int for shape in shapes for size in shape):
         # Sizes unknown to a trace must not be compared: take all samples at once.

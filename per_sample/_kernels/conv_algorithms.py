@@ -68,9 +68,7 @@ def group(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     image = image.permute(3, 0, 2, 1, *range(4, image.dim()))  # (i, n, group, b, *s)
     filters = torch.unflatten(g, 2, (groups, -1)).movedim(1, 3).flatten(0, 2)  # (n group o, b, *l)
     convolution = _CONV[len(geometry.kernel)]
-    grad = convolution(
-        image.flatten(1, 3), filters, None, geometry.dilation, geometry.padding, geometry.stride, n * groups
-    )
+    grad = convolution(image.flatten(1, 3), filters, None, geometry.dilation, geometry.padding, geometry.stride, n * groups)
     for axis, kernel in enumerate(geometry.kernel, start=2):
         # Trailing input that no window touches shows as offsets beyond the kernel.
         grad = grad.narrow(axis, 0, kernel)

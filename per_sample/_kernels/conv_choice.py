@@ -130,9 +130,7 @@ def _choose_dense(x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, may_us
     return "onednn" if slow_mm and flops >= 2e6 else "unfold"
 
 
-def _check(
-    name: str, geometry: ConvGeometry, dtype: torch.dtype, device: torch.device, functional: bool
-) -> None:
+def _check(name: str, geometry: ConvGeometry, dtype: torch.dtype, device: torch.device, functional: bool) -> None:
     """Raise where an algorithm that the caller asked for cannot serve."""
     if dtype.is_complex and name != "unfold":
         raise ValueError(f"The algorithm {name!r} has no {dtype}; allowed: 'unfold'.")

@@ -44,9 +44,7 @@ def _onednn_pays(left: Tensor, right: Tensor) -> bool:
 
 def _by_onednn(left: Tensor, right: Tensor) -> Tensor:
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
-    triples = zip(
-        left.flatten(0, -3), right.transpose(-2, -1).flatten(0, -3), out.flatten(0, -3), strict=True
-    )
+    triples = zip(left.flatten(0, -3), right.transpose(-2, -1).flatten(0, -3), out.flatten(0, -3), strict=True)
     for one, other, target in triples:
         target.copy_(inner_product(one, other))
     return out

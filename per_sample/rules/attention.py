@@ -71,9 +71,7 @@ def flash_attention_for_cpu(
     if _differentiated(query, key, value, attn_mask):
         out, logsumexp = attention_math.forward(q, k, v, mask, is_causal, scale)
     else:
-        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
-        )
+        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)
     return _unfolded(out, n), _unfolded(logsumexp, n)
 
 

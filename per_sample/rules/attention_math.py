@@ -16,9 +16,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool, scale: 
     return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
 
 
-def backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
     wide_k, wide_v = _all_heads(q, k), _all_heads(q, v)
     weights = torch.softmax(_scores(q, wide_k, mask, is_causal, scale), -1)

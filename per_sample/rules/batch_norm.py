@@ -32,9 +32,7 @@ def _refuse() -> NoReturn:
     )
 
 
-def _forward(
-    input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
-) -> Any:
+def _forward(input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float) -> Any:
     """``(out, save_mean, save_invstd)`` of every sample."""
     n = samples(input, weight, bias, mean, var)
     if training and mean is not None:
@@ -88,9 +86,7 @@ def native_batch_norm(
 
 
 @rule(aten._native_batch_norm_legit.no_stats)
-def native_batch_norm_legit_no_stats(
-    input: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
-) -> Any:
+def native_batch_norm_legit_no_stats(input: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
     return _forward(input, weight, bias, None, None, training, momentum, eps)
 
 
@@ -102,9 +98,7 @@ def native_batch_norm_legit_no_training(
 
 
 @rule(aten._batch_norm_no_update.default)
-def batch_norm_no_update(
-    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
-) -> Any:
+def batch_norm_no_update(input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float) -> Any:
     out = _forward(input, weight, bias, running_mean, running_var, False, momentum, eps)
     return *out, torch.empty(out[0].shape[0], 0, dtype=torch.uint8, device=out[0].device)
 
@@ -224,9 +218,7 @@ def native_batch_norm_backward(
     eps: float,
     output_mask: Any,
 ) -> Any:
-    return _backward(
-        grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask
-    )
+    return _backward(grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask)
 
 
 @rule(aten.batch_norm_backward.default)

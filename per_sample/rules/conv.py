@@ -49,9 +49,7 @@ def convolution(
         added = bias
     else:
         value = physical(input, n)
-        out = torch.convolution(
-            value.flatten(0, 1), weight, own, stride, padding, dilation, transposed, output_padding, groups
-        )
+        out = torch.convolution(value.flatten(0, 1), weight, own, stride, padding, dilation, transposed, output_padding, groups)
         out = out.unflatten(0, value.shape[:2])
         added = bias if own is None else None
     if added is None:

@@ -15,9 +15,7 @@ aten = torch.ops.aten
 
 
 @rule(aten.embedding.default)
-def embedding(
-    weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
-) -> Any:
+def embedding(weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False) -> Any:
     """``padding_idx`` and the flags after it matter to the gradient alone."""
     if type(weight) is not Batched:
         return torch.embedding(weight, indices.physical, padding_idx, scale_grad_by_freq, sparse)
@@ -28,9 +26,7 @@ def embedding(
 
 
 @rule(aten.embedding_dense_backward.default)
-def embedding_dense_backward(
-    grad_output: Any, indices: Any, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
-) -> Any:
+def embedding_dense_backward(grad_output: Any, indices: Any, num_weights: int, padding_idx: int, scale_grad_by_freq: bool) -> Any:
     """A ``Rows`` factor; frequencies are counted within one sample."""
     n = samples(grad_output, indices)
     index = physical(indices, n).reshape(n, -1)

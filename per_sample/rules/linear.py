@@ -153,9 +153,7 @@ def vdot(self: Any, other: Any) -> Any:
 
 
 @rule(aten._trilinear.default)
-def trilinear(
-    i1: Any, i2: Any, i3: Any, expand1: Any, expand2: Any, expand3: Any, sumdim: Any, unroll_dim: int = 1
-) -> Any:
+def trilinear(i1: Any, i2: Any, i3: Any, expand1: Any, expand2: Any, expand3: Any, sumdim: Any, unroll_dim: int = 1) -> Any:
     """The op says itself along which axes an operand is to be expanded: the sample axis is one for shared operands."""
     operands, expands = [], []
     for x, expand in ((i1, expand1), (i2, expand2), (i3, expand3)):

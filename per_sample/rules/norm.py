@@ -112,9 +112,7 @@ def fused_rms_norm(input: Any, normalized_shape: Any, weight: Any, eps: float | 
 
 
 @rule(aten._fused_rms_norm_backward.default)
-def fused_rms_norm_backward(
-    grad_out: Any, input: Any, normalized_shape: Any, rstd: Any, weight: Any, output_mask: Any
-) -> Any:
+def fused_rms_norm_backward(grad_out: Any, input: Any, normalized_shape: Any, rstd: Any, weight: Any, output_mask: Any) -> Any:
     n = samples(grad_out, input, weight, rstd)
     ctx = context(grad_out, input, weight, rstd)
     g, x, rstd = physical(grad_out, n), physical(input, n), physical(rstd, n)

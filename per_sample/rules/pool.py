@@ -90,7 +90,5 @@ for _core, _ops in _FOLDED.items():
 @rule(aten.constant_pad_nd.default)
 def constant_pad_nd(self: Any, pad: Any, value: Any = 0) -> Any:
     if len(pad) > 2 * self.dim():
-        raise RuntimeError(
-            f"`pad` has {len(pad)} entries, but the input has {self.dim()} dimensions, with two entries each."
-        )
+        raise RuntimeError(f"`pad` has {len(pad)} entries, but the input has {self.dim()} dimensions, with two entries each.")
     return torch.constant_pad_nd(self.physical, pad, value)
