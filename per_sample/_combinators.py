@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from per_sample._batched import Batched, physical, samples
+from per_sample._batched import Batched, context_of, physical, samples
 from per_sample._pointwise import pointwise
 from per_sample._registry import register
 
@@ -163,19 +164,22 @@ def reduce_all(op: OpOverload, over: Callable[..., Tensor]) -> Run:
     return _named(run, "reduce_all", op)
 
 
-def fold(op: OpOverload, core: int) -> Run:
+def fold(op: OpOverload, core: int, *, channels_last: bool = False) -> Run:
     """The op has a batch axis of its own, into which the samples go.
 
     ``core`` is the rank without the batch axis; a sample of just that rank makes the sample axis the batch axis. A list
-    argument ``input_size`` counts the batch, too.
+    argument ``input_size`` counts the batch, too. ``channels_last``: on the CPU torch vectorises the op over channels
+    only in that layout, by a factor of 3 to 10, which pays for two copies.
     """
     names = [a.name for a in op._schema.arguments]
     places = _tensor_places(op)
     size_at = names.index("input_size") if "input_size" in names else None
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        n = samples(*args)
+        ctx = context_of(*args)
+        n = ctx.n
         folded = list(args)
+        relaid = False
         b = None
         for i in places:
             if i < len(folded) and folded[i] is not None:
@@ -186,15 +190,22 @@ def fold(op: OpOverload, core: int) -> Run:
                 if extra:
                     b = value.shape[1]
                     value = value.flatten(0, 1)
+                if channels_last and not ctx.functional and value.is_cpu and value.shape[1] > 1:
+                    value = value.contiguous(memory_format=torch.channels_last)
+                    relaid = True
                 folded[i] = value
         if size_at is not None:
             size = list(folded[size_at])
             folded[size_at] = [n * size[0], *size[1:]]
         out = op(*folded, **kwargs)
-        if b is None:
-            return out
-        if isinstance(out, Tensor):
-            return out.unflatten(0, (n, b))
-        return tuple(o.unflatten(0, (n, b)) if isinstance(o, Tensor) else o for o in out)
+        if relaid:
+            out = out.contiguous() if isinstance(out, Tensor) else tuple(o.contiguous() for o in out)
+        return out if b is None else _unfolded(out, n, b)
 
     return _named(run, "fold", op)
+
+
+def _unfolded(out: Any, n: int, b: int) -> Any:
+    if isinstance(out, Tensor):
+        return out.unflatten(0, (n, b))
+    return tuple(o.unflatten(0, (n, b)) if isinstance(o, Tensor) else o for o in out)

@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from per_sample._kernels.conv import ConvGeometry, conv_algorithm, conv_weight_grad
 from per_sample._kernels.outer import outer_algorithm, outer_product
+from per_sample._kernels.rows import scatter_rows
 
 Scalar = Any  # a Python number
 
@@ -133,13 +133,7 @@ class Rows(Factor):
         return (self.num_rows, self.g.shape[-1])
 
     def materialize(self, *, functional: bool = False) -> Tensor:
-        n, _, width = self.g.shape
-        start = torch.arange(n, device=self.index.device)[:, None] * self.num_rows
-        # Dropped positions go to one spare row behind the last sample.
-        row = torch.where(self.index < 0, n * self.num_rows, self.index + start)
-        flat = self.g.new_zeros(n * self.num_rows + 1, width)
-        flat = flat.index_add(0, row.reshape(-1), self.g.reshape(-1, width))
-        return flat[:-1].view(n, self.num_rows, width)
+        return scatter_rows(self.index, self.g, self.num_rows, functional=functional)
 
     def scale(self, c: Scalar) -> Factor:
         return Rows(self.index, self.g * c, self.num_rows)

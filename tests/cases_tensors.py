@@ -102,6 +102,9 @@ def _written(name: str, write: Callable[[Tensor, Tensor], Any]) -> Case:
 
 
 _VIEWS: dict[str, Callable[[Tensor], Any]] = {
+    "as_strided": lambda x: x.as_strided((2, 6), (40, 5)),
+    "as_strided-overlap": lambda x: x.as_strided((4, 6), (2, 1), 3),
+    "tril_": lambda x: (x + 1).tril_() + (x + 2).triu_(1),
     "view": lambda x: x.view(2, -1),
     "reshape": lambda x: x.transpose(0, 1).reshape(4, 20),
     "flatten": lambda x: x.flatten(),
@@ -165,6 +168,10 @@ _VIEWS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "fft": lambda x: torch.fft.fft2(x, dim=(0, 2)),
+    "rfft": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=5, dim=-1),
+    "cross": lambda x: torch.linalg.cross(x[:, :3], x[:, 1:], dim=1),
+    "nanmedian": lambda x: x.nanmedian() + x.nanmedian(1).values.sum(),
     "sum": lambda x: x.sum(),
     "sum-dim": lambda x: x.sum(-1),
     "sum-dims": lambda x: x.sum((0, 2), keepdim=True),
@@ -233,6 +240,7 @@ INDEXING = [
     _unary("index_select-fixed", lambda x: x.index_select(0, _K)),
     _indexed("index_add", lambda x, i: x.index_add(0, i, x[:2], alpha=2), ints(4, 2)),
     _unary("index_add-fixed", lambda x: x.index_add(0, _K, x[:3])),
+    _indexed("index_add_", lambda x, i: x.clone().index_add_(0, i, x[:2]), ints(4, 2)),
     _indexed("index_fill", lambda x, i: x.index_fill(0, i, 0.5), ints(4, 2)),
     _unary("index_fill-fixed", lambda x: x.index_fill(0, _K, 0.5)),
     _indexed("index_copy", lambda x, i: x.index_copy(0, i, x[:2]), order(4, 2)),

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from per_sample._kernels.conv_algorithms import ALGORITHMS
+from per_sample._kernels.conv_algorithms import ALGORITHMS, unfold
 from per_sample._kernels.conv_choice import choose_conv, plan_conv
 from per_sample._kernels.conv_geometry import ConvGeometry
 from per_sample._kernels.functional import must_be_functional
+from per_sample._kernels.memory import empty
 from per_sample._options import current_options
 
 __all__ = ["ALGORITHMS", "ConvGeometry", "choose_conv", "conv_algorithm", "conv_weight_grad"]
@@ -44,15 +45,18 @@ def conv_weight_grad(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional
     settings = current_options()
     name, step = _plan(x, g, geometry, functional, settings.conv_algorithm, settings.scratch_bytes)
     algorithm = ALGORITHMS[name]
-    if x.shape[0] <= step:
+    if functional and x.shape[0] <= step:
         return algorithm(x, g, geometry)
     pieces = zip(torch.split(x, step), torch.split(g, step), strict=True)
     if functional:
         return torch.cat([algorithm(*piece, geometry) for piece in pieces])
     # Piecewise into the result: concatenation would hold every gradient twice.
-    out = g.new_empty(x.shape[0], *geometry.weight_shape(x.shape, g.shape))
+    out = empty((x.shape[0], *geometry.weight_shape(x.shape, g.shape)), like=g)
     for target, piece in zip(torch.split(out, step), pieces, strict=True):
-        target.copy_(algorithm(*piece, geometry))
+        if algorithm is unfold:
+            unfold(*piece, geometry, out=target)
+        else:
+            target.copy_(algorithm(*piece, geometry))
     return out
 
 

@@ -75,11 +75,14 @@ def group(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     return torch.unflatten(grad, 1, (n, -1)).movedim(0, 2).contiguous()
 
 
-def unfold(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
+def unfold(x: Tensor, g: Tensor, geometry: ConvGeometry, out: Tensor | None = None) -> Tensor:
     """The output gradient times the unfolded input."""
     columns, rows = _columns(x.conj(), geometry), _rows(g, geometry)
-    grad = torch.bmm(rows.flatten(0, 1), columns.flatten(0, 1).transpose(1, 2))
-    return grad.reshape(x.shape[0], *geometry.weight_shape(x.shape, g.shape))
+    left, right = rows.flatten(0, 1), columns.flatten(0, 1).transpose(1, 2)
+    if out is not None:
+        torch.bmm(left, right, out=out.view(left.shape[0], left.shape[1], right.shape[2]))
+        return out
+    return torch.bmm(left, right).reshape(x.shape[0], *geometry.weight_shape(x.shape, g.shape))
 
 
 def onednn(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -102,7 +105,7 @@ def _rows(g: Tensor, geometry: ConvGeometry) -> Tensor:
     return torch.unflatten(g, 2, (geometry.groups, -1)).movedim(1, 3).flatten(3)
 
 
-Algorithm = Callable[[Tensor, Tensor, ConvGeometry], Tensor]
+Algorithm = Callable[..., Tensor]
 ALGORITHMS: dict[str, Algorithm] = {
     "fold": fold,
     "fold_merged": fold_merged,

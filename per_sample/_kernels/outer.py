@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from per_sample._kernels.functional import must_be_functional
+from per_sample._kernels.memory import empty
 from per_sample._kernels.onednn import fast_mm, inner_product
 
 
@@ -22,9 +23,14 @@ def outer_product(left: Tensor, right: Tensor, *, functional: bool = False) -> T
         `(n, *e, o, i)`.
     """
     algorithm = outer_algorithm(left, right, functional=functional)
+    if functional or must_be_functional(left, right) or left.dtype != right.dtype:
+        return left * right if algorithm == "broadcast" else torch.matmul(left, right)
+    out = empty((*left.shape[:-1], right.shape[-1]), like=left)
     if algorithm == "broadcast":
-        return left * right
-    return _by_onednn(left, right) if algorithm == "onednn" else torch.matmul(left, right)
+        return torch.mul(left, right, out=out)
+    if algorithm == "onednn":
+        return _by_onednn(left, right, out)
+    return torch.matmul(left, right, out=out)
 
 
 def outer_algorithm(left: Tensor, right: Tensor, *, functional: bool = False) -> str:
@@ -42,8 +48,7 @@ def _onednn_pays(left: Tensor, right: Tensor) -> bool:
     return bool(t >= 32 and o * t * right.shape[-1] >= 2**20) and not fast_mm()
 
 
-def _by_onednn(left: Tensor, right: Tensor) -> Tensor:
-    out = left.new_empty(*left.shape[:-1], right.shape[-1])
+def _by_onednn(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     triples = zip(left.flatten(0, -3), right.transpose(-2, -1).flatten(0, -3), out.flatten(0, -3), strict=True)
     for one, other, target in triples:
         target.copy_(inner_product(one, other))

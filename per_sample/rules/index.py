@@ -62,6 +62,12 @@ def index_add(self: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -
     return torch.scatter_add(value, at, _along(index, dim, self.shape, n), added if alpha == 1 else added * alpha)
 
 
+@rule(aten.index_add_.default)
+def index_add_(self: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Any:
+    added = index_add(self, dim, index, source, alpha=alpha)
+    return added if added is NotImplemented else self.physical.copy_(added)
+
+
 @rule(aten.index_fill.int_Scalar)
 def index_fill(self: Any, dim: int, index: Any, value: Any) -> Any:
     if self.dim() == 0:

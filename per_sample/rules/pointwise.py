@@ -114,7 +114,8 @@ def mul_scalar(self: Any, other: Any) -> Any:
 @rule(aten.div.Tensor)
 def div(self: Any, other: Any) -> Any:
     if type(self) is Batched and self.factor is not None and _is_scale(other, self):
-        return self.factor.scale(1 / other)
+        if isinstance(other, torch.Tensor) or other != 0:
+            return self.factor.scale(1 / other)
     return _div(self, other)
 
 

@@ -27,13 +27,10 @@ _FOLDED = {
         aten.col2im.default,
     ),
     3: (
-        aten.max_pool2d_with_indices.default,
         aten.max_pool2d_with_indices_backward.default,
-        aten.avg_pool2d.default,
         aten.avg_pool2d_backward.default,
         aten._adaptive_avg_pool2d.default,
         aten._adaptive_avg_pool2d_backward.default,
-        aten.adaptive_max_pool2d.default,
         aten.adaptive_max_pool2d_backward.default,
         aten.max_unpool2d.default,
         aten.reflection_pad2d.default,
@@ -44,7 +41,6 @@ _FOLDED = {
         aten.upsample_nearest2d_backward.default,
         aten._upsample_nearest_exact2d.default,
         aten._upsample_nearest_exact2d_backward.default,
-        aten.upsample_bilinear2d.default,
         aten.upsample_bilinear2d_backward.default,
         aten._upsample_bilinear2d_aa.default,
         aten._upsample_bilinear2d_aa_backward.default,
@@ -82,6 +78,15 @@ _FOLDED = {
     ),
 }
 
+_CHANNELS_LAST = (
+    aten.max_pool2d_with_indices.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.upsample_bilinear2d.default,
+)
+
+for _op in _CHANNELS_LAST:
+    register(_op, fold(_op, 3, channels_last=True), "rule")
 for _core, _ops in _FOLDED.items():
     for _op in _ops:
         register(_op, fold(_op, _core), "rule")

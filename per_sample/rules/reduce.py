@@ -1,4 +1,4 @@
-"""Reductions, scans and sorts."""
+"""Reductions, scans, sorts and transforms along axes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ table(
     aten.max.dim,
     aten.min.dim,
     aten.median.dim,
+    aten.nanmedian.dim,
+    aten._fft_c2c.default,
+    aten._fft_c2r.default,
+    aten._fft_r2c.default,
+    aten.linalg_cross.default,
     aten.kthvalue.default,
     aten.mode.default,
     aten.cumsum.default,
@@ -59,6 +64,10 @@ def _median(value: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.median(value, dim).values
 
 
+def _nanmedian(value: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.nanmedian(value, dim).values
+
+
 for _op, _over in (
     (aten.prod.default, torch.prod),
     (aten.max.default, torch.amax),
@@ -66,6 +75,7 @@ for _op, _over in (
     (aten.any.default, torch.any),
     (aten.all.default, torch.all),
     (aten.median.default, _median),
+    (aten.nanmedian.default, _nanmedian),
     (aten.norm.Scalar, torch.linalg.vector_norm),
 ):
     register(_op, reduce_all(_op, _over), "rule")

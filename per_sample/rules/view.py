@@ -155,6 +155,18 @@ def alias(self: Any) -> Any:
     return _same(self)
 
 
+@rule(aten.as_strided.default)
+def as_strided(self: Any, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
+    """Each sample strided by itself, where it lies in one piece and is not left; else the fallback decides."""
+    value = self.physical
+    start = 0 if storage_offset is None else storage_offset - self.storage_offset()
+    last = start + sum((s - 1) * step for s, step in zip(size, stride, strict=True))
+    if not value.is_contiguous() or not 0 <= start <= last < math.prod(self.shape) or 0 in size:
+        return NotImplemented
+    offset = value.storage_offset() + start
+    return value.as_strided((self.n, *size), (math.prod(self.shape), *stride), offset)
+
+
 @rule(aten.expand.default)
 def expand(self: Any, size: Any, *, implicit: bool = False) -> Any:
     value = self.physical
@@ -251,6 +263,16 @@ def tril(self: Any, diagonal: int = 0) -> Any:
 @rule(aten.triu.default)
 def triu(self: Any, diagonal: int = 0) -> Any:
     return torch.triu(self.physical, diagonal) if self.dim() > 1 else NotImplemented
+
+
+@rule(aten.tril_.default)
+def tril_(self: Any, diagonal: int = 0) -> Any:
+    return self.physical.tril_(diagonal) if self.dim() > 1 else NotImplemented
+
+
+@rule(aten.triu_.default)
+def triu_(self: Any, diagonal: int = 0) -> Any:
+    return self.physical.triu_(diagonal) if self.dim() > 1 else NotImplemented
 
 
 @rule(aten.trace.default)

@@ -44,7 +44,7 @@ def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: i
 def clone(self: Any, *, memory_format: Any = None) -> Any:
     if self.factor is not None:
         return self.factor
-    return _in_format(self.physical.clone, self.physical, memory_format)
+    return _copy(self.physical, memory_format, self.ctx.functional)
 
 
 @rule(aten._to_copy.default)
@@ -64,14 +64,17 @@ def to_copy(
     copied = value.to(device=device, dtype=dtype or value.dtype, non_blocking=non_blocking, copy=True)
     if memory_format in (None, torch.preserve_format):
         return copied
-    return _in_format(copied.clone, copied, memory_format)
+    return _copy(copied, memory_format, self.ctx.functional)
 
 
-def _in_format(clone_it: Any, value: torch.Tensor, memory_format: Any) -> torch.Tensor:
-    """A copy of ``value`` in a layout that counts the axes of one sample."""
+def _copy(value: torch.Tensor, memory_format: Any, functional: bool) -> torch.Tensor:
+    """A copy in a layout that counts the axes of one sample."""
     if memory_format in (torch.channels_last, torch.channels_last_3d):
+        if functional:
+            # A caller's vmap has no such layouts; values are the same in any.
+            return value.clone()
         return value.flatten(0, 1).clone(memory_format=memory_format).unflatten(0, value.shape[:2])
-    return clone_it() if memory_format is None else clone_it(memory_format=memory_format)
+    return value.clone() if memory_format is None else value.clone(memory_format=memory_format)
 
 
 @rule(aten._conj.default)
