@@ -133,7 +133,9 @@ class Rows(Factor):
         return (self.num_rows, self.g.shape[-1])
 
     def materialize(self, *, functional: bool = False) -> Tensor:
-        return scatter_rows(self.index, self.g, self.num_rows, functional=functional)
+        dropped = self.index < 0
+        g = self.g.masked_fill(dropped.unsqueeze(2), 0)
+        return scatter_rows(self.index.masked_fill(dropped, 0), g, self.num_rows, functional=functional)
 
     def scale(self, c: Scalar) -> Factor:
         return Rows(self.index, self.g * c, self.num_rows)

@@ -213,7 +213,7 @@ def _run(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kw
         out = _physical(ctx, entry, func, values, kwargs)
     if entry.foreign:
         check_result(func, values, kwargs, out, ctx.n)
-    if entry.writes:
+    if entry.writes and _registry.returns_written(func):
         return _written(func, entry, args, out)
     return _rewrap(ctx, entry, func, values, out)
 
@@ -270,7 +270,7 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
         check_writes(ctx, func, entry.writes, values)
     run = functools.partial(_run_once, ctx, func, values, kwargs)
     out = run() if ctx.recorder is None else ctx.recorder.op(func, "shared", run)
-    if entry.writes:
+    if entry.writes and _registry.returns_written(func):
         return _written(func, entry, args, out)
     if isinstance(out, Tensor):
         return wrap_shared(ctx, out)

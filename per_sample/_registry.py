@@ -106,3 +106,9 @@ def _check_signature(op: OpOverload, function: Callable[..., Any]) -> None:
 def is_random(op: OpOverload) -> bool:
     """Whether the op draws random numbers."""
     return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def returns_written(op: OpOverload) -> bool:
+    """Whether an op returns what it wrote into; others (`rrelu_with_noise`) write into one tensor and return another."""
+    returns = op._schema.returns
+    return not returns or returns[0].alias_info is not None

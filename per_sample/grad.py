@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from per_sample._conv_arguments import conv_input, conv_weight, expect
-from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.outer import outer_product
+from per_sample._kernels.rows import scatter_rows
 
 __all__ = [
     "conv1d_input",
@@ -288,13 +288,9 @@ def embedding_weight(
         raise ValueError(f"`padding_idx` must be within [{-v}, {v}); got {padding_idx}.")
     index = (indices.flatten(1) if indices.dim() > 1 else indices[:, None]).long()
     grads = grad_output.reshape(*index.shape, d)
-    if padding_idx is not None:
-        grads = grads.masked_fill((index == padding_idx % v)[..., None], 0)
     if scale_grad_by_freq:
         counts = index.new_zeros(index.shape[0], v).scatter_add(1, index, torch.ones_like(index))
         grads = grads / counts.gather(1, index)[..., None]
-    zeros = grads.new_zeros(index.shape[0], v, d)
-    index = index[..., None].expand(grads.shape)
-    # Along an axis of its own: an index out of range raises, it cannot reach another sample's rows.
-    functional = must_be_functional(index, grads)
-    return zeros.scatter_add(1, index, grads) if functional else zeros.scatter_add_(1, index, grads)
+    if padding_idx is not None:
+        grads = grads.masked_fill((index == padding_idx % v)[..., None], 0)
+    return scatter_rows(index, grads, v)

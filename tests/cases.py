@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from case import Case, Input, cplx, ints, order, real, unit
 from cases_conv import CONVOLUTIONS
 from cases_layers import LAYERS
+from cases_rare import RARE
 from cases_tensors import TENSORS
 
 OUTER, ROWS, DENSE, SUM = "Outer", "Rows", "Dense", "Sum"
@@ -197,4 +198,4 @@ BAGS = [
     ),
 ]
 
-CASES = [*LINEAR, *EMBEDDING, *BAGS, *CONVOLUTIONS, *LAYERS, *TENSORS]
+CASES = [*LINEAR, *EMBEDDING, *BAGS, *CONVOLUTIONS, *LAYERS, *TENSORS, *RARE]

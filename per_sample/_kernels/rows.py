@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from per_sample._kernels.functional import must_be_functional
@@ -13,20 +12,20 @@ def scatter_rows(index: Tensor, g: Tensor, num_rows: int, *, functional: bool = 
     """For each sample a matrix whose row ``index[n, t]`` is the sum of the ``g[n, t]`` that go there.
 
     Args:
-        index: ``(n, t)``; a negative one drops its row.
+        index: ``(n, t)``.
         g: ``(n, t, i)``.
-        num_rows: of the result; every index is below it.
+        num_rows: of the result.
         functional: use out-of-place differentiable operators only.
 
     Returns:
         ``(n, num_rows, i)``.
+
+    Raises:
+        RuntimeError: an index is not in ``[0, num_rows)``.
     """
-    n, t, width = g.shape
-    kept = index >= 0
-    start = torch.arange(n, device=index.device)[:, None] * num_rows
-    # A dropped row adds zeros to row 0 of its own sample.
-    row = (torch.where(kept, index, 0) + start).reshape(n * t)
-    values = torch.where(kept.unsqueeze(2), g, 0).reshape(n * t, width)
+    # Along an axis of its own: an index out of range raises, it cannot reach another sample's rows.
+    rows = index.unsqueeze(2).expand(g.shape)
+    shape = (g.shape[0], num_rows, g.shape[2])
     if functional or must_be_functional(index, g):
-        return g.new_zeros(n * num_rows, width).index_add(0, row, values).view(n, num_rows, width)
-    return zeros((n * num_rows, width), like=g).index_add_(0, row, values).view(n, num_rows, width)
+        return g.new_zeros(shape).scatter_add(1, rows, g)
+    return zeros(shape, like=g).scatter_add_(1, rows, g)

@@ -19,10 +19,12 @@ def embedding(weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_fr
     """``padding_idx`` and the flags after it matter to the gradient alone."""
     if type(weight) is not Batched:
         return torch.embedding(weight, indices.physical, padding_idx, scale_grad_by_freq, sparse)
-    n, rows = weight.n, weight.shape[0]
+    n = weight.n
     index = physical(indices, n)
-    start = torch.arange(n, device=index.device).view(n, *(1,) * indices.dim()) * rows
-    return torch.embedding(weight.physical.flatten(0, 1), index + start)
+    # Along an axis of its own: an index out of range raises, it cannot reach another sample's rows.
+    value = weight.physical
+    flat = index.reshape(n, -1, 1).expand(-1, -1, value.shape[2])
+    return value.gather(1, flat).view(*index.shape, value.shape[2])
 
 
 @rule(aten.embedding_dense_backward.default)

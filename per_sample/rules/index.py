@@ -18,8 +18,6 @@ table(
     aten.gather.default,
     aten.scatter.src,
     aten.scatter.value,
-    aten.scatter.reduce,
-    aten.scatter.value_reduce,
     aten.scatter_add.default,
     aten.scatter_reduce.two,
     aten.scatter_.src,

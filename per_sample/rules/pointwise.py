@@ -17,7 +17,6 @@ from per_sample._registry import rule
 aten = torch.ops.aten
 
 pointwise_table(
-    aten._add_relu.Tensor,
     aten.abs_.default,
     aten.copysign_.Scalar,
     aten.copysign_.Tensor,
@@ -226,3 +225,11 @@ def mish_backward(grad_output: Any, self: Any) -> Any:
 
 def _functional(*args: Any) -> bool:
     return next(a.ctx.functional for a in args if type(a) is Batched)
+
+
+@rule(aten.rrelu_with_noise.default)
+def rrelu_with_noise(self: Any, noise: Any, lower: Any = 0.125, upper: Any = 1 / 3, training: bool = False, generator: Any = None) -> Any:
+    """Without training there is no noise; with it, a random op is none of a rule's business."""
+    if training:
+        return NotImplemented
+    return torch.nn.functional.leaky_relu(self.physical, (lower + upper) / 2)
