@@ -50,6 +50,7 @@ class Entry:
     simple: bool  # nothing but a rule to call
 
 
+_DETACH = aten.detach.default
 _ENTRIES: dict[Any, Entry] = {}
 _NO_TENSOR = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
@@ -97,6 +98,8 @@ class Interpreter(TorchDispatchMode):
 
 def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """Run one op of the program for all samples."""
+    if func is _DETACH:
+        return _alias(ctx, args[0])
     entry = _ENTRIES.get(func)
     if entry is None:
         special = _special(ctx, func, args, kwargs)
@@ -148,8 +151,6 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _special(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """The few calls that are about the wrappers themselves."""
-    if func is aten.detach.default:
-        return _alias(ctx, args[0])
     if isinstance(func, HigherOrderOperator):
         return _higher_order(ctx, func, args, kwargs)
     if func is aten._has_compatible_shallow_copy_type.default:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,19 +43,21 @@ def conv_weight_grad(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional
         ValueError: the shapes do not fit the geometry, or the option `conv_algorithm` names one that does not
             serve this case.
     """
-    g = _complete(x, g, geometry)
     functional = functional or must_be_functional(x, g)
-    settings = current_options()
-    name, step = _plan(x, g, geometry, functional, settings.conv_algorithm, settings.scratch_bytes)
+    name, step, missing = _prepare(x, g, geometry, functional)
+    if missing:
+        g = F.pad(g, missing)
     algorithm = ALGORITHMS[name]
-    if functional and x.shape[0] <= step:
-        return algorithm(x, g, geometry)
-    pieces = zip(torch.split(x, step), torch.split(g, step), strict=True)
+    n = x.shape[0]
     if functional:
-        return torch.cat([algorithm(*piece, geometry) for piece in pieces])
+        pieces = zip(torch.split(x, step), torch.split(g, step), strict=True) if step < n else [(x, g)]
+        grads = [algorithm(*piece, geometry) for piece in pieces]
+        return torch.cat(grads) if len(grads) > 1 else grads[0]
     # Piecewise into the result: concatenation would hold every gradient twice.
-    out = empty((x.shape[0], *geometry.weight_shape(x.shape, g.shape)), like=g)
-    for target, piece in zip(torch.split(out, step), pieces, strict=True):
+    out = empty((n, *geometry.weight_shape(x.shape, g.shape)), like=g)
+    for start in range(0, n, step):
+        size = min(step, n - start)
+        target, piece = out.narrow(0, start, size), (x.narrow(0, start, size), g.narrow(0, start, size))
         if algorithm is unfold:
             unfold(*piece, geometry, out=target)
         else:
@@ -62,33 +67,41 @@ def conv_weight_grad(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional
 
 def conv_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional: bool = False) -> str:
     """The name of the algorithm that `conv_weight_grad` takes for the same arguments."""
+    return _prepare(x, g, geometry, functional or must_be_functional(x, g))[0]
+
+
+def _prepare(x: Tensor, g: Tensor, geometry: ConvGeometry, functional: bool) -> tuple[str, int, tuple[int, ...]]:
+    """The algorithm, the samples it takes at a time, and how `g` is to be padded."""
     settings = current_options()
-    functional = functional or must_be_functional(x, g)
-    return _plan(x, g, geometry, functional, settings.conv_algorithm, settings.scratch_bytes)[0]
+    case = (x.dtype, x.device, functional, settings.scratch_bytes, settings.conv_algorithm)
+    # Sizes unknown to a trace cannot be looked up; dynamo warns of caches, and has no need of them.
+    traced = torch.compiler.is_compiling() or not all(type(size) is int for size in (*x.shape, *g.shape))
+    prepare = _prepare_shapes.__wrapped__ if traced else _prepare_shapes
+    return prepare(tuple(x.shape), tuple(g.shape), geometry, *case)
 
 
-def _plan(x: Tensor, g: Tensor, geometry: ConvGeometry, functional: bool, override: str | None, scratch_bytes: int) -> tuple[str, int]:
-    shapes = tuple(x.shape), tuple(g.shape)
-    if not all(type(size) is int for shape in shapes for size in shape):
+@lru_cache(maxsize=4096)
+def _prepare_shapes(
+    x_shape: Any, g_shape: Any, geometry: ConvGeometry, dtype: Any, device: Any, functional: bool, scratch: int, override: Any
+) -> tuple[str, int, tuple[int, ...]]:
+    missing = _missing(x_shape, g_shape, geometry)
+    if not all(type(size) is int for size in (*x_shape, *g_shape)):
         # Sizes unknown to a trace must not be compared: take all samples at once.
-        return override or ("unfold" if x.is_complex() else "fold"), x.shape[0]
-    if 0 in shapes[0] or 0 in shapes[1]:
+        return override or ("unfold" if dtype.is_complex else "fold"), x_shape[0], missing
+    if 0 in x_shape or 0 in g_shape:
         # An empty sum, which only the plain product computes.
-        return "unfold", x.shape[0]
-    # Dynamo warns of caches, and has no need of them.
-    plan = plan_conv.__wrapped__ if torch.compiler.is_compiling() else plan_conv
-    return plan(*shapes, geometry, x.dtype, x.device, functional, scratch_bytes, override)
+        return "unfold", max(1, x_shape[0]), missing
+    g_shape = (*g_shape[:3], *geometry.locations(x_shape[3:]))
+    return *plan_conv(x_shape, g_shape, geometry, dtype, device, functional, scratch, override), missing
 
 
-def _complete(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The output gradient with zeros for the locations that a transposed convolution left out."""
-    locations = geometry.locations(x.shape[3:])
-    missing = [there - given for there, given in zip(locations, g.shape[3:], strict=True)]
-    if x.shape[:2] != g.shape[:2] or any(count < 0 for count in missing):
+def _missing(x_shape: Any, g_shape: Any, geometry: ConvGeometry) -> tuple[int, ...]:
+    """Padding for the locations that a transposed convolution left out of its output gradient."""
+    locations = geometry.locations(x_shape[3:])
+    missing = [there - given for there, given in zip(locations, g_shape[3:], strict=True)]
+    if x_shape[:2] != g_shape[:2] or any(count < 0 for count in missing):
         raise ValueError(
-            f"The output gradient {tuple(g.shape)} does not fit the input {tuple(x.shape)}: expected "
-            f"{(*x.shape[:2], g.shape[2], *locations)} or less along the last {len(locations)} axes."
+            f"The output gradient {tuple(g_shape)} does not fit the input {tuple(x_shape)}: expected "
+            f"{(*x_shape[:2], g_shape[2], *locations)} or less along the last {len(locations)} axes."
         )
-    if not any(missing):
-        return g
-    return F.pad(g, [p for count in reversed(missing) for p in (0, count)])
+    return tuple(p for count in reversed(missing) for p in (0, count)) if any(missing) else ()

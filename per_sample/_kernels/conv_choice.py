@@ -5,7 +5,6 @@ Both are functions of shapes alone, so the same call always takes the same way.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -46,7 +45,6 @@ def choose_conv(
     return plan_conv(x_shape, g_shape, geometry, dtype, device, functional, scratch_bytes)[0]
 
 
-@lru_cache(maxsize=4096)
 def plan_conv(
     x_shape: Shape,
     g_shape: Shape,

@@ -20,6 +20,12 @@ def _samples_in_channels(x: Any, n: int) -> Tensor:
     return physical(x, n).transpose(0, 1).flatten(1, 2)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``[n * b, C, *S]``."""
+    shape = x.shape
+    return x.reshape(shape[0] * shape[1], *shape[2:])
+
+
 def _out_of_channels(x: Tensor, n: int) -> Tensor:
     return x.unflatten(1, (n, -1)).transpose(0, 1)
 
@@ -49,8 +55,8 @@ def convolution(
         added = bias
     else:
         value = physical(input, n)
-        out = torch.convolution(value.flatten(0, 1), weight, own, stride, padding, dilation, transposed, output_padding, groups)
-        out = out.unflatten(0, value.shape[:2])
+        out = torch.convolution(_rows(value), weight, own, stride, padding, dilation, transposed, output_padding, groups)
+        out = out.view(*value.shape[:2], *out.shape[1:])
         added = bias if own is None else None
     if added is None:
         return out
@@ -120,5 +126,5 @@ def _input_gradient(g: Tensor, x: Tensor, weight: Any, rest: Any, groups: int) -
         filters = weight.physical.flatten(0, 1)
         out, _, _ = aten.convolution_backward(grad, image, filters, None, *rest, n * groups, mask)
         return _out_of_channels(out, n)
-    out, _, _ = aten.convolution_backward(g.flatten(0, 1), x.flatten(0, 1), weight, None, *rest, groups, mask)
-    return out.unflatten(0, (n, b))
+    out, _, _ = aten.convolution_backward(_rows(g), _rows(x), weight, None, *rest, groups, mask)
+    return out.view(n, b, *out.shape[1:])
