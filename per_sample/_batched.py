@@ -182,8 +182,9 @@ def wrap_shared(ctx: Context, value: Tensor) -> Batched:
     return out
 
 
-def wrap_factor(ctx: Context, factor: Factor, like: Tensor) -> Batched:
-    """A gradient that stays factored; ``like`` gives dtype and device."""
+def wrap_factor(ctx: Context, factor: Factor) -> Batched:
+    """A gradient that stays factored."""
+    like = factor.like
     out = _make_wrapper(Batched, factor.shape, dtype=like.dtype, device=like.device)
     out.ctx = ctx
     out.factor = factor

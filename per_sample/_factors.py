@@ -24,6 +24,11 @@ class Factor(ABC):
 
     shape: tuple[int, ...]
 
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor of the gradients' dtype and device."""
+
     @abstractmethod
     def materialize(self, *, functional: bool = False) -> Tensor:
         """The gradients, ``[n, *shape]``; ``functional``: by differentiable, out-of-place ops alone."""
@@ -56,6 +61,10 @@ class Dense(Factor):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.value.shape[1:])
 
+    @property
+    def like(self) -> Tensor:
+        return self.value
+
     def materialize(self, *, functional: bool = False) -> Tensor:
         return self.value
 
@@ -80,6 +89,10 @@ class Outer(Factor):
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (*self.left.shape[1:-1], self.right.shape[-1])
+
+    @property
+    def like(self) -> Tensor:
+        return self.left
 
     def materialize(self, *, functional: bool = False) -> Tensor:
         return outer_product(self.left, self.right, functional=functional)
@@ -109,6 +122,10 @@ class ConvOuter(Factor):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.g.shape[2], self.x.shape[2] // self.geometry.groups, *self.geometry.kernel)
 
+    @property
+    def like(self) -> Tensor:
+        return self.g
+
     def materialize(self, *, functional: bool = False) -> Tensor:
         return conv_weight_grad(self.x, self.g, self.geometry, functional=functional)
 
@@ -132,6 +149,10 @@ class Rows(Factor):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.num_rows, self.g.shape[-1])
 
+    @property
+    def like(self) -> Tensor:
+        return self.g
+
     def materialize(self, *, functional: bool = False) -> Tensor:
         dropped = self.index < 0
         g = self.g.masked_fill(dropped.unsqueeze(2), 0)
@@ -151,6 +172,10 @@ class Sum(Factor):
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.terms[0].shape
+
+    @property
+    def like(self) -> Tensor:
+        return self.terms[0].like
 
     def materialize(self, *, functional: bool = False) -> Tensor:
         total = self.terms[0].materialize(functional=functional)
@@ -173,6 +198,10 @@ class View(Factor):
 
     base: Factor
     shape: tuple[int, ...]
+
+    @property
+    def like(self) -> Tensor:
+        return self.base.like
 
     def materialize(self, *, functional: bool = False) -> Tensor:
         value = self.base.materialize(functional=functional)

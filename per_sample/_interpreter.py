@@ -141,7 +141,7 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         if type(out) is Tensor and out.dim() and out.shape[0] == ctx.n:
             return wrap(ctx, out)
         if out is not NotImplemented:
-            return _rewrap(ctx, entry, func, values, out)
+            return _rewrap(ctx, entry, func, out)
     if entry.writes:
         check_writes(ctx, func, entry.writes, values)
     if ctx.recorder is not None:
@@ -168,7 +168,7 @@ def _alias(ctx: Context, x: Tensor) -> Tensor:
     if type(x) is not Batched or x.ctx is not ctx:
         return x.detach()
     if x.factor is not None:
-        return wrap_factor(ctx, x.factor, x)
+        return wrap_factor(ctx, x.factor)
     return (wrap_shared if x.shared else wrap)(ctx, x.physical)
 
 
@@ -216,7 +216,7 @@ def _run(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kw
         check_result(func, values, kwargs, out, ctx.n)
     if entry.writes and _registry.returns_written(func):
         return _written(func, entry, args, out)
-    return _rewrap(ctx, entry, func, values, out)
+    return _rewrap(ctx, entry, func, out)
 
 
 def _adopt(ctx: Context, x: Batched) -> Batched:
@@ -298,20 +298,18 @@ def _written(func: Any, entry: Entry, args: Any, out: Any) -> Any:
     return written if isinstance(out, (tuple, list)) else written[0]
 
 
-def _rewrap(ctx: Context, entry: Entry, func: Any, values: list[Any], out: Any) -> Any:
+def _rewrap(ctx: Context, entry: Entry, func: Any, out: Any) -> Any:
     """Wrap what a rule or the fallback returned."""
+    kind = type(out)
+    if kind is tuple or kind is list:
+        return kind([_rewrap(ctx, entry, func, o) for o in out])
     if isinstance(out, Tensor):
-        if type(out) is Batched and out.ctx is ctx:
+        if isinstance(out, Batched) and out.ctx is ctx:
             return out
         if out.dim() == 0 or out.shape[0] != ctx.n:
             refuse_shape(func, entry.run, out, ctx.n)
         return wrap(ctx, out)
-    if isinstance(out, Factor):
-        # The tensor whose dtype the gradient has: no index.
-        return wrap_factor(ctx, out, next(v for v in values if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())))
-    if isinstance(out, (tuple, list)):
-        return type(out)([_rewrap(ctx, entry, func, values, o) for o in out])
-    return out
+    return wrap_factor(ctx, out) if isinstance(out, Factor) else out
 
 
 def _higher_order(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
