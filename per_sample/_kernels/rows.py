@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from per_sample._kernels.functional import must_be_functional
-from per_sample._kernels.memory import zeros
+from per_sample._kernels.memory import empty
 
 
 def scatter_rows(index: Tensor, g: Tensor, num_rows: int, *, functional: bool = False) -> Tensor:
@@ -28,4 +28,4 @@ def scatter_rows(index: Tensor, g: Tensor, num_rows: int, *, functional: bool = 
     shape = (g.shape[0], num_rows, g.shape[2])
     if functional or must_be_functional(index, g):
         return g.new_zeros(shape).scatter_add(1, rows, g)
-    return zeros(shape, like=g).scatter_add_(1, rows, g)
+    return empty(shape, like=g).zero_().scatter_add_(1, rows, g)
