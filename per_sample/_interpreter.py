@@ -107,14 +107,14 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
             return special
         entry = _resolve(func)
     batched = lifted = False
-    values = []
-    for a in args:
+    values = list(args)
+    for i, a in enumerate(args):
         kind = type(a)
         if kind is Batched:
             if a.ctx is ctx:
                 if a.shared:
                     lifted = True
-                    a = a._value
+                    values[i] = a._value
                 else:
                     batched = True
         elif kind in _NO_TENSOR:
@@ -123,10 +123,9 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
             if a.requires_grad and ctx.grad_mode and ctx.caller is None:
                 check_closure(ctx, a)
         elif entry.nested and isinstance(a, (list, tuple)):
-            a, inner_batched, inner_lifted = _unwrap_list(ctx, a)
+            values[i], inner_batched, inner_lifted = _unwrap_list(ctx, a)
             batched |= inner_batched
             lifted |= inner_lifted
-        values.append(a)
     if kwargs:
         # Keyword arguments that are tensors are rare, so they take the general way.
         items, kw_batched, kw_lifted = _unwrap_list(ctx, kwargs.values())
