@@ -20,6 +20,8 @@ def pointwise(op: OpOverload) -> Callable[..., Any]:
 
     in_place = op._schema.is_mutable
 
+    call = op._op  # without the frame of `OpOverload.__call__`
+
     def run(*args: Any, **kwargs: Any) -> Any:
         ndim = 0
         dtype = None
@@ -38,7 +40,7 @@ def pointwise(op: OpOverload) -> Callable[..., Any]:
                 # A copy in another dtype would swallow the write.
                 aligned[0] = _align(args[0], ndim)
             return op(*aligned, **kwargs)
-        return op(*[_align(a, ndim) if type(a) is Batched else a for a in args])
+        return call(*[_align(a, ndim) if type(a) is Batched else a for a in args])
 
     run.__qualname__ = f"pointwise({op})"
     return run

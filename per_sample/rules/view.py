@@ -110,6 +110,8 @@ def reshape_alias(self: Any, size: Any, stride: Any) -> Any:
 
 @rule(aten.t.default)
 def t(self: Any) -> Any:
+    if type(self.factor) is Outer and len(self.shape) == 2:
+        return self.factor.transpose()  # every linear layer's weight gradient comes through here
     ndim = self.dim()
     if ndim > 2:
         raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {ndim}D")
