@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from per_sample._kernels.functional import must_be_functional
+
 
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
     """`left (o, t)` times the transpose of `right (i, t)`, both float32 on CPU; see `available`."""
@@ -35,11 +37,26 @@ def available() -> bool:
             return False
 
 
-@lru_cache(maxsize=1)
 def fast_mm() -> bool:
-    """Whether torch's own matrix product is nearly as fast as oneDNN's here; measured once in a process."""
+    """Whether torch's own matrix product is nearly as fast as oneDNN's here."""
+    return _relative_time() < 1.4
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`x (b, i)` times the transpose of `weight (o, i)` plus `bias`, where oneDNN is the faster way; None where it is not."""
+    if x.dtype != torch.float32 or not x.is_cpu or not weight.is_contiguous() or x.numel() * weight.shape[0] < 2**24:
+        return None
+    if must_be_functional(x, weight, *(() if bias is None else (bias,))) or _relative_time() < 1.05:
+        return None
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(_packed(x), weight, bias, "none", [], "")
+    return product
+
+
+@lru_cache(maxsize=1)
+def _relative_time() -> float:
+    """The time of torch's own matrix product, where oneDNN's takes 1; measured once in a process, 0 where there is no oneDNN."""
     if not available():
-        return True
+        return 0.0
     with torch.no_grad(), _disable_current_modes():
         left, right = _operands(128, 512, 256)
         _times(left, right)
@@ -47,7 +64,7 @@ def fast_mm() -> bool:
         # In turns and the fastest of many, for other work on the machine must not decide.
         while time.perf_counter() < deadline:
             times.append(_times(left, right))
-        return min(own for own, _ in times) < 1.4 * min(other for _, other in times)
+        return min(own for own, _ in times) / min(other for _, other in times)
 
 
 def _times(left: Tensor, right: Tensor) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from per_sample._batched import Batched, physical, samples
 from per_sample._combinators import at_rank, is_inexact
 from per_sample._factors import Outer
+from per_sample._kernels.onednn import linear
 from per_sample._registry import rule
 
 aten = torch.ops.aten
@@ -48,7 +49,12 @@ def addmm(self: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> 
     if type(mat1) is Batched and type(mat2) is not Batched and type(self) is not Batched and self.dim() == 1:
         value = mat1.physical
         n, o, t = value.shape
-        return torch.addmm(self, value.reshape(n * o, t), mat2, beta=beta, alpha=alpha).view(n, o, mat2.shape[1])
+        rows = value.reshape(n * o, t)
+        if beta == alpha == 1 and not mat1.ctx.functional:
+            out = linear(rows, mat2.t(), self)
+            if out is not None:
+                return out.view(n, o, mat2.shape[1])
+        return torch.addmm(self, rows, mat2, beta=beta, alpha=alpha).view(n, o, mat2.shape[1])
     if type(mat1) is Batched or type(mat2) is Batched:
         return _plus(self, _matrix_product(mat1, mat2), 2, beta, alpha)
     return _plus(self, torch.mm(mat1, mat2), 2, beta, alpha)
