@@ -39,6 +39,8 @@ class Context:
     backward: bool = False
     closed: bool = False
     recorder: Recorder | None = None
+    # Batched arguments are lifted as copies.
+    copies: bool = False
     # Storages of the caller's tensors, which no in-place op may reach.
     borrowed: set[int] = field(default_factory=set)
     # Storages of plain tensors made inside the function.

@@ -31,7 +31,15 @@ def has_derivative_level() -> bool:
 
 
 class Restart(BaseException):
-    """A closed-over tensor turned out to require grad: the call begins again with the caller's context kept."""
+    """The call begins again, for a reason that showed on the way.
+
+    ``copies``: the program writes in place into its batched arguments, which it must get as copies. Otherwise a closed-over tensor turned
+    out to require grad, and the caller's context must be kept.
+    """
+
+    def __init__(self, *, copies: bool = False) -> None:
+        super().__init__()
+        self.copies = copies
 
 
 class Caller:

@@ -88,6 +88,8 @@ def check_writes(ctx: Context, func: Any, writes: tuple[int, ...], values: list[
         else:
             value = target.physical
         if not ctx.owns(value):
+            if type(target) is Batched and not ctx.copies:
+                raise Restart(copies=True)
             raise SharedWriteError(
                 f"`{func}` would change an argument of the transform in place (shape {list(target.shape)}); inputs are never modified. "
                 "Write into a copy: `x = x.clone()` first."

@@ -85,15 +85,19 @@ def in_context(
     )
     keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or _is_nested()
     tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
-    restores = random_states(tensors) if grad_mode and not keeps_caller and randomness != "error" else []
+    restores = random_states(tensors) if randomness != "error" and not tracing else []
+    copies = False
     while True:
         ctx = Context(n, randomness, grad_mode=grad_mode, functional=keeps_caller or tracing, recorder=recorder)
         ctx.simple = recorder is None and not keeps_caller
+        ctx.copies = copies
         try:
             with _inside(ctx, fn, keeps_caller, differentiates):
                 out = body(ctx)
-        except Restart:
-            keeps_caller = differentiates = True
+        except Restart as restart:
+            copies |= restart.copies
+            if not restart.copies:
+                keeps_caller = differentiates = True
             for restore in restores:
                 restore()
             continue
@@ -149,9 +153,13 @@ def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
             value = value.resolve_conj().resolve_neg()
         if dim:
             value = value.movedim(dim, 0)
-    elif dim:
+        if ctx.copies and dim is not None:
+            value = value.clone()
+    elif dim is not None and (dim or ctx.copies):
         with ctx.caller(in_dispatch=False):
             value = value.movedim(dim, 0)
+            if ctx.copies:
+                value = value.clone()
     ctx.borrow(leaf)
     return wrap_shared(ctx, value) if dim is None else wrap(ctx, value)
 

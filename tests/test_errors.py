@@ -166,18 +166,16 @@ def test_writing_a_per_sample_value_into_a_shared_tensor(write, where):
     assert not argument.any()
 
 
-@pytest.mark.parametrize("target", ["w", "x", "view of x"])
-def test_inputs_are_never_modified(target):
-    w, x = W.clone(), X.clone()
+def test_a_shared_argument_is_never_modified():
+    w = W.clone()
 
     def fn(w, x):
-        with torch.no_grad():
-            {"w": w.detach(), "x": x, "view of x": x[1:]}[target].mul_(2)
+        w.detach().mul_(2)
         return (w @ x).sum()
 
     with pytest.raises(per_sample.SharedWriteError, match="clone"):
-        grads_of(fn, w, x)
-    torch.testing.assert_close((w, x), (W, X))
+        grads_of(fn, w, X)
+    torch.testing.assert_close(w, W)
 
 
 def test_batch_norm_in_training_mode():

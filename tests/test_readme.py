@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import json
 import re
 import types
 from pathlib import Path
@@ -46,6 +48,16 @@ def test_a_compiled_step_of_the_readme_equals_the_eager_one() -> None:
     expected = module.__dict__["step"](*arguments)
     exec(compile(code, "README.md, compiled step", "exec"), module.__dict__)
     torch.testing.assert_close(module.__dict__["step"](*arguments), expected)
+
+
+def test_the_table_comes_from_the_benchmark() -> None:
+    spec = importlib.util.spec_from_file_location("summary", README.parent / "bench" / "summary.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads((README.parent / "bench" / "results.json").read_text(encoding="utf-8"))
+    assert module.summary(results) in README.read_text(encoding="utf-8")
 
 
 PATHS = re.findall(r"`([\w./]+/[\w./]+|[A-Z]{4,}(?:\.md)?)`", README.read_text(encoding="utf-8"))

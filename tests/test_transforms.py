@@ -190,6 +190,20 @@ def test_module_with_keep_batch_dim():
     assert_close(actual, loop(lambda p, x, y: fn(p, x[None], y[None]), (0,), (None, 0, 0))(p, x, y)[0])
 
 
+@pytest.mark.parametrize("write", [lambda x: x.mul_(2), lambda x: x[1:].mul_(2), lambda x: F.relu_(x.view(-1)), lambda x: x.zero_()])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_writing_into_a_batched_argument_writes_into_a_copy(write, recorded):
+    def fn(w, x):
+        before = x.sum()
+        write(x)
+        return ((w @ x).square() + before).sum()
+
+    x, w = X.clone(), W.clone().requires_grad_(recorded)
+    actual = per_sample_grad(fn)(w, x)
+    torch.testing.assert_close(x, X)
+    assert_close(actual, loop(fn, (0,), (None, 0))(W, X.clone())[0])
+
+
 def test_inputs_and_grad_fields_are_untouched():
     p = {k: v.clone().requires_grad_() for k, v in P.items()}
     before = [t.clone() for t in (*p.values(), X, Y)]
