@@ -43,6 +43,8 @@ class Context:
     copies: bool = False
     # Storages of the caller's tensors, which no in-place op may reach.
     borrowed: set[int] = field(default_factory=set)
+    # Storages of shared tensors that have views.
+    viewed: set[int | None] = field(default_factory=set)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
     # Factored values not yet materialised, by id: an in-place op must not change their operands.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from per_sample import _fallback
@@ -72,6 +74,24 @@ def check_closure(ctx: Context, x: Tensor) -> None:
         raise Restart
 
 
+def unshare_targets(ctx: Context, args: Any, values: list[Any], writes: tuple[int, ...]) -> None:
+    """Give each sample its own copy of a shared value of the program's that a per-sample value is about to be written into.
+
+    Only where nothing else looks at the same memory: a view would go on showing what all samples share.
+    """
+    for i in writes:
+        target = args[i] if i < len(args) else None
+        if type(target) is not Batched or target.ctx is not ctx or not target.shared:
+            continue
+        storage = storage_of(values[i])
+        if storage is None or storage in ctx.borrowed or storage in ctx.viewed:
+            continue
+        with nullcontext() if ctx.caller is None else ctx.caller():
+            target._value = values[i].expand(ctx.n, *target.shape).clone()
+        target.shared = False
+        values[i] = target
+
+
 def check_writes(ctx: Context, func: Any, writes: tuple[int, ...], values: list[Any]) -> None:
     """An in-place op must not put one sample's value where others read, nor change a tensor of the caller's."""
     for i in writes:
@@ -131,3 +151,9 @@ def refuse_random(func: Any) -> NoReturn:
         f"`{func}` draws random numbers, and randomness='error' (the default) does not say whether the samples share them. Pass "
         "randomness='different' (each sample its own) or 'same'."
     )
+
+
+def check_higher_order(ctx: Context, func: Any, args: Any, kwargs: Any) -> None:
+    """Control flow and other ops that take functions have no rule."""
+    if any(type(a) is Batched and a.ctx is ctx for a in pytree.arg_tree_leaves(*args, **kwargs)):
+        raise UnsupportedError(f"The higher-order op `{func}` has no per-sample form yet; write it with ordinary torch ops.")

@@ -16,20 +16,10 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from per_sample import _fallback, _registry
+from per_sample import _fallback, _guards, _registry
 from per_sample._batched import Batched, Context, storage_of, wrap, wrap_factor, wrap_shared
 from per_sample._errors import PerSampleError, UnsupportedError
 from per_sample._factors import Factor
-from per_sample._guards import (
-    DATA_TAGS,
-    check_closure,
-    check_data,
-    check_random,
-    check_shared_draw,
-    check_writes,
-    refuse_random,
-    refuse_shape,
-)
 from per_sample._keys import all_keys
 from per_sample._pointwise import pointwise
 from per_sample._shapes import check_result
@@ -45,6 +35,7 @@ class Entry:
     route: str
     nested: bool  # an argument is a list of tensors
     writes: tuple[int, ...]  # positions of the arguments written in place
+    views: bool  # a result may be a view of an argument
     random: bool
     foreign: bool
     simple: bool  # nothing but a rule to call
@@ -70,12 +61,14 @@ def _resolve(op: OpOverload) -> Entry:
     random = _registry.is_random(op)
     if rule is None and not random:
         # `equal` is tagged pointwise too, although it returns one Python bool.
-        if torch.Tag.pointwise in op.tags and not DATA_TAGS & set(op.tags) and "out" not in op._overloadname:
+        if torch.Tag.pointwise in op.tags and not _guards.DATA_TAGS & set(op.tags) and "out" not in op._overloadname:
             run, route = pointwise(op), "pointwise"
         elif not _fallback.has_vmap_rule(op):
             route = "loop"
     nested = any("Tensor" in str(a.type) and "List" in str(a.type) for a in arguments)
-    entry = _ENTRIES[op] = Entry(run, route, nested, writes, random, foreign, run is not None and not writes and not foreign)
+    views = any(r.alias_info is not None for r in op._schema.returns) or "view" in op._schema.name
+    simple = run is not None and not writes and not foreign
+    entry = _ENTRIES[op] = Entry(run, route, nested, writes, views, random, foreign, simple)
     return entry
 
 
@@ -121,7 +114,7 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
             pass
         elif isinstance(a, Tensor):
             if a.requires_grad and ctx.grad_mode and ctx.caller is None:
-                check_closure(ctx, a)
+                _guards.check_closure(ctx, a)
         elif entry.nested and isinstance(a, (list, tuple)):
             values[i], inner_batched, inner_lifted = _unwrap_list(ctx, a)
             batched |= inner_batched
@@ -142,7 +135,8 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         if out is not NotImplemented:
             return _rewrap(ctx, entry, func, out)
     if entry.writes:
-        check_writes(ctx, func, entry.writes, values)
+        _guards.unshare_targets(ctx, args, values, entry.writes)
+        _guards.check_writes(ctx, func, entry.writes, values)
     if ctx.recorder is not None:
         return ctx.recorder.op(func, entry.route, lambda: _run(ctx, entry, func, args, values, kwargs))
     return _run(ctx, entry, func, args, values, kwargs)
@@ -151,7 +145,8 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
 def _special(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """The few calls that are about the wrappers themselves."""
     if isinstance(func, HigherOrderOperator):
-        return _higher_order(ctx, func, args, kwargs)
+        _guards.check_higher_order(ctx, func, args, kwargs)
+        return func(*args, **kwargs)
     if func is aten._has_compatible_shallow_copy_type.default:
         return True  # asked when `.data` of one wrapper is set to another
     if torch.Tag.inplace_view in func.tags:
@@ -168,7 +163,10 @@ def _alias(ctx: Context, x: Tensor) -> Tensor:
         return x.detach()
     if x.factor is not None:
         return wrap_factor(ctx, x.factor)
-    return (wrap_shared if x.shared else wrap)(ctx, x.physical)
+    if x.shared:
+        ctx.viewed.add(storage_of(x))
+        return wrap_shared(ctx, x.physical)
+    return wrap(ctx, x.physical)
 
 
 def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -198,7 +196,7 @@ def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
             else:
                 batched = True
         elif isinstance(x, Tensor) and x.requires_grad and ctx.grad_mode and ctx.caller is None:
-            check_closure(ctx, x)
+            _guards.check_closure(ctx, x)
         values.append(x)
     return values, batched, lifted
 
@@ -230,9 +228,9 @@ def _physical(ctx: Context, entry: Entry, func: Any, values: list[Any], kwargs: 
             return out
         if ctx.recorder is not None:
             ctx.recorder.took("fallback" if _fallback.has_vmap_rule(func) else "loop")
-    check_data(func, values)
+    _guards.check_data(func, values)
     if entry.random:
-        check_random(ctx, func)
+        _guards.check_random(ctx, func)
     if ctx.caller is not None:
         return _fall_back(ctx, func, values, kwargs)
     with all_keys(), torch.no_grad():
@@ -255,8 +253,8 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     """An op none of whose arguments differs between samples: once for all."""
     if entry.random and ctx.randomness != "same":
         if ctx.randomness == "error":
-            refuse_random(func)
-        check_shared_draw(func, entry.writes)
+            _guards.refuse_random(func)
+        _guards.check_shared_draw(func, entry.writes)
         with all_keys(), torch.no_grad():
             like = torch.empty(ctx.n)
             return wrap(ctx, _fallback.shared_draw(func, tuple(values), kwargs, like, ctx.randomness))
@@ -267,11 +265,13 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
             ctx.born.add(storage_of(out))
         return out
     if entry.writes:
-        check_writes(ctx, func, entry.writes, values)
+        _guards.check_writes(ctx, func, entry.writes, values)
     run = functools.partial(_run_once, ctx, func, values, kwargs)
     out = run() if ctx.recorder is None else ctx.recorder.op(func, "shared", run)
     if entry.writes and _registry.returns_written(func):
         return _written(func, entry, args, out)
+    if entry.views:
+        ctx.viewed.update(storage_of(v) for v in values if isinstance(v, Tensor))
     if isinstance(out, Tensor):
         return wrap_shared(ctx, out)
     if isinstance(out, (tuple, list)):
@@ -306,13 +306,6 @@ def _rewrap(ctx: Context, entry: Entry, func: Any, out: Any) -> Any:
         if isinstance(out, Batched) and out.ctx is ctx:
             return out
         if out.dim() == 0 or out.shape[0] != ctx.n:
-            refuse_shape(func, entry.run, out, ctx.n)
+            _guards.refuse_shape(func, entry.run, out, ctx.n)
         return wrap(ctx, out)
     return wrap_factor(ctx, out) if isinstance(out, Factor) else out
-
-
-def _higher_order(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
-    leaves = pytree.arg_tree_leaves(*args, **kwargs)
-    if any(type(a) is Batched and a.ctx is ctx for a in leaves):
-        raise UnsupportedError(f"The higher-order op `{func}` has no per-sample form yet; write it with ordinary torch ops.")
-    return func(*args, **kwargs)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from per_sample import per_sample_grad, per_sample_grad_and_value, reference
+from per_sample import SharedWriteError, per_sample_grad, per_sample_grad_and_value, reference
 from per_sample._batched import Batched
 from tree_oracle import assert_close, loop
 
@@ -202,6 +202,28 @@ def test_writing_into_a_batched_argument_writes_into_a_copy(write, recorded):
     actual = per_sample_grad(fn)(w, x)
     torch.testing.assert_close(x, X)
     assert_close(actual, loop(fn, (0,), (None, 0))(W, X.clone())[0])
+
+
+def test_writing_a_per_sample_value_into_a_shared_value_of_the_functions_own():
+    def fn(p, x):
+        h = torch.ones(1, 2, dtype=D) @ p["w"]  # shared until the next line
+        h.add_(x)
+        h[0, 1:] *= x[0]
+        return h.tanh().sum() + h.square().sum()
+
+    assert_close(per_sample_grad(fn)(P, X), loop(fn, (0,), (None, 0))(P, X)[0])
+
+
+@pytest.mark.parametrize("look", [lambda h: h.view(-1), lambda h: h.detach(), lambda h: h[0], lambda h: h.t(), lambda h: h.expand(2, 3)])
+def test_a_shared_value_with_views_is_not_split(look):
+    def fn(p, x):
+        h = torch.ones(1, 2, dtype=D) @ p["w"]
+        v = look(h)
+        h.add_(x)
+        return v.sum() + h.sum()
+
+    with pytest.raises(SharedWriteError):
+        per_sample_grad(fn)(P, X)
 
 
 def test_inputs_and_grad_fields_are_untouched():
