@@ -96,11 +96,12 @@ def _fastest(run: Callable[[], Any], context: Any, repeats: int = 30) -> float:
 def dispatch_overheads(task: Task) -> list[float]:
     """For each op with a rule, seconds: the op on per-sample tensors, less the body of its rule on the same arguments."""
     from per_sample._batched import Batched
-    from per_sample._interpreter import _ENTRIES, Interpreter
+    from per_sample._entries import ENTRIES
+    from per_sample._interpreter import Interpreter
 
     found = []
     for ctx, op, args, kwargs in _recorded(task):
-        entry = _ENTRIES.get(op)
+        entry = ENTRIES.get(op)
         if entry is None or not entry.simple or not any(type(a) is Batched and not a.shared for a in args):
             continue
         ctx.closed = False

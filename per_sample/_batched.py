@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from per_sample._errors import DataDependentError, EscapedError, RuleError
+from per_sample._errors import DataDependentError, EscapedError, RuleError, UnsupportedError
 from per_sample._factors import Factor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from per_sample._caller import Caller
+    from per_sample._caller import Caller, Restart
     from per_sample._record import Recorder
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass
@@ -27,6 +27,8 @@ class Context:
 
     n: int
     randomness: str = "error"
+    # How many transforms of this package are running around this one.
+    depth: int = 0
     # The caller's functorch stack and grad mode, where they matter; None is the fast path.
     caller: Caller | None = None
     # The caller records derivatives, so that a closed-over tensor that requires grad would need ``caller``.
@@ -39,12 +41,17 @@ class Context:
     backward: bool = False
     closed: bool = False
     recorder: Recorder | None = None
+    restart: Restart | None = None
     # Batched arguments are lifted as copies.
     copies: bool = False
     # Storages of the caller's tensors, which no in-place op may reach.
     borrowed: set[int] = field(default_factory=set)
-    # Storages of shared tensors that have views.
-    viewed: set[int | None] = field(default_factory=set)
+    # Shared tensors that have views, by storage; kept, so that no other storage takes the same number.
+    viewed: dict[int | None, Tensor] = field(default_factory=dict)
+    # Likewise tensors whose views are copies here, so that a write would not show in both.
+    split: dict[int | None, Tensor] = field(default_factory=dict)
+    # Gradients that have views while still factored, by origin.
+    related: set[int] = field(default_factory=set)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
     # Factored values not yet materialised, by id: an in-place op must not change their operands.
@@ -55,6 +62,18 @@ class Context:
         storage = storage_of(x)
         if storage is not None:
             self.borrowed.add(storage)
+
+    def view(self, x: Tensor) -> None:
+        """Remember that a shared tensor has a view."""
+        if self.owns(x):
+            self.viewed[storage_of(x)] = x
+
+    def forget(self) -> None:
+        """Let go of all tensors: the function has run."""
+        self.pending.clear()
+        self.viewed.clear()
+        self.split.clear()
+        self.closed = True
 
     def owns(self, x: Tensor) -> bool:
         """Whether the program may write into a physical tensor."""
@@ -102,6 +121,8 @@ class Batched(torch.Tensor):
     ctx: Context
     shared: bool = False
     factor: Factor | None = None
+    # What a factored gradient and its views have in common.
+    origin: object = None
     _value: Tensor | None = None
     # Set by the interpreter, which this module cannot import.
     interpret: ClassVar[Callable[[Context, Any, Any, Any], Any]]
@@ -122,6 +143,8 @@ class Batched(torch.Tensor):
             self._value = value
             self.factor = None
             ctx.pending.pop(id(self), None)
+            if id(self.origin) in ctx.related:
+                ctx.split[storage_of(value)] = value
         return value
 
     @property
@@ -155,6 +178,15 @@ class Batched(torch.Tensor):
 
     tolist = numpy = __array__ = _no_value
 
+    @property
+    def data(self) -> Tensor:
+        """As torch has it."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedError("Assigning to `.data` of a per-sample tensor is not supported; use `copy_`, or a new variable.")
+
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone()
 
@@ -186,12 +218,15 @@ def wrap_shared(ctx: Context, value: Tensor) -> Batched:
     return out
 
 
-def wrap_factor(ctx: Context, factor: Factor) -> Batched:
-    """A gradient that stays factored."""
+def wrap_factor(ctx: Context, factor: Factor, parent: Batched | None = None) -> Batched:
+    """A gradient that stays factored; ``parent``: the one it is a view of."""
     like = factor.like
     out = _make_wrapper(Batched, factor.shape, dtype=like.dtype, device=like.device)
     out.ctx = ctx
     out.factor = factor
+    out.origin = object() if parent is None else parent.origin
+    if parent is not None:
+        ctx.related.add(id(parent.origin))
     ctx.pending[id(out)] = out
     return out
 
@@ -225,13 +260,3 @@ def samples(*args: Any) -> int:
 def is_batched(x: Any) -> bool:
     """Whether ``x`` differs between samples."""
     return type(x) is Batched and not x.shared
-
-
-def shift(dim: int, ndim: int) -> int:
-    """The physical axis of a program's axis ``dim`` of a tensor of ``ndim`` axes."""
-    return dim + 1 if dim >= 0 else dim + ndim + 1
-
-
-def shift_all(dims: Sequence[int] | None, ndim: int) -> list[int]:
-    """The physical axes of several; none, or an empty list, means all of them."""
-    return [shift(d, ndim) for d in dims] if dims else list(range(1, ndim + 1))

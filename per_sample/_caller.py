@@ -14,7 +14,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_restore_interpreter_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from per_sample._batched import Batched, is_recorded, wrap, wrap_shared
+from per_sample._batched import Batched, is_recorded, storage_of, wrap, wrap_shared
 from per_sample._errors import UnsupportedError
 from per_sample._keys import all_keys
 
@@ -37,9 +37,12 @@ class Restart(BaseException):
     out to require grad, and the caller's context must be kept.
     """
 
-    def __init__(self, *, copies: bool = False) -> None:
+    def __init__(self, ctx: Context, *, copies: bool = False) -> None:
         super().__init__()
+        self.ctx = ctx
         self.copies = copies
+        # So that it is not lost in an `except` of the program's.
+        ctx.restart = self
 
 
 class Caller:
@@ -49,6 +52,11 @@ class Caller:
         self.stack = stack
         self.grad_mode = grad_mode
         self.differentiates = differentiates
+        # Backward passes under way of this transform or of one inside it, as opposed to an `autograd.grad` of the program's.
+        self.backward_passes = 0
+        self.enclosing: list[CallerMode] = []
+        # Physical ops are under way, whose tensors are the caller's own.
+        self.inside = 0
 
     @contextmanager
     def __call__(self, *, in_dispatch: bool = True) -> Iterator[None]:
@@ -56,7 +64,7 @@ class Caller:
 
         ``in_dispatch``: called from inside ``__torch_dispatch__``, where the keys above it are switched off.
         """
-        in_engine = torch._C._current_graph_task_id() != -1
+        in_engine = self.backward_passes > 0 and torch._C._current_graph_task_id() != -1
         # The engine turns grad mode off in a backward pass; only what the user turned off inside fn counts.
         enabled = torch.is_grad_enabled()
         if not enabled and not in_engine and self.differentiates:
@@ -67,7 +75,29 @@ class Caller:
             if self.stack:
                 context.enter_context(temporarily_restore_interpreter_stack(self.stack))
             context.enter_context(torch.set_grad_enabled(self.grad_mode and (enabled or in_engine)))
+            self.inside += 1
+            try:
+                yield
+            finally:
+                self.inside -= 1
+
+    @contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """The engine runs for the transform, so that what it switches off does not count."""
+        callers = [self, *(mode.ctx.caller for mode in self.enclosing if mode.ctx.caller is not None)]
+        for caller in callers:
+            caller.backward_passes += 1
+        try:
             yield
+        finally:
+            for caller in callers:
+                caller.backward_passes -= 1
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A tensor as the transforms around this one have it: a closed-over one of theirs is lifted there first."""
+        for mode in self.enclosing:
+            x = mode._own(x, certain=False)
+        return x
 
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -98,33 +128,44 @@ class CallerMode(TorchFunctionMode):
         super().__init__()
         self.ctx = ctx
         self.captured = captured
-        self.enclosing = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, CallerMode)]
         self.lifted: dict[int, tuple[Tensor, Batched]] = {}
+        assert ctx.caller is not None
+        ctx.caller.enclosing = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, CallerMode)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._lift, (args, kwargs))
         if func in _DETACH and type(args[0]) is Batched and args[0].ctx is self.ctx:
             return self._detach(args[0])
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._lift, (args, kwargs))
         return func(*args, **kwargs)
 
     def _lift(self, x: Tensor) -> Tensor:
-        """A closed-over tensor of the caller's levels as a shared one; the pair is kept so that its id stays taken."""
+        """A closed-over tensor of the caller's as a shared one; those of the transforms around this one get theirs first."""
+        assert self.ctx.caller is not None
+        x = self.ctx.caller.enter(x)
+        # Inside a functorch transform of the program's own, its wrappers look like the caller's.
+        return self._own(x, certain=_functorch.peek_interpreter_stack() is None)
+
+    def _own(self, x: Tensor, *, certain: bool) -> Tensor:
+        caller = self.ctx.caller
+        assert caller is not None
+        # Reading `x.requires_grad` is a torch function, too.
+        with torch._C.DisableTorchFunction():
+            if caller.inside or (type(x) is Batched and x.ctx.depth >= self.ctx.depth) or not self._is_the_callers(x, caller, certain):
+                return x
+            if id(x) not in self.lifted:
+                # The pair is kept, so that the id stays taken.
+                self.lifted[id(x)] = (x, wrap_shared(self.ctx, x))
+                caller.differentiates |= self.ctx.grad_mode and is_recorded(x)
+            return self.lifted[id(x)][1]
+
+    def _is_the_callers(self, x: Tensor, caller: Caller, certain: bool) -> bool:
         if _functorch.is_functorch_wrapped_tensor(x):
-            assert self.ctx.caller is not None
-            # What belongs to the surroundings of a transform around this one is lifted there, by its own mode, which comes next.
-            if not self.ctx.caller.stack or any(id(x) in mode.captured for mode in self.enclosing):
-                return x
-            # Inside a functorch transform of the program's own, its wrappers look like the caller's.
-            if _functorch.peek_interpreter_stack() is not None and id(x) not in self.captured:
-                return x
-        elif not x.is_inference() or type(x) is Batched:
-            return x
-        if id(x) not in self.lifted:
-            self.lifted[id(x)] = (x, wrap_shared(self.ctx, x))
-            assert self.ctx.caller is not None
-            self.ctx.caller.differentiates |= self.ctx.grad_mode and is_recorded(x)
-        return self.lifted[id(x)][1]
+            return bool(caller.stack) and (certain or id(x) in self.captured)
+        if type(x) is not Batched and x.is_inference():
+            return True
+        # What the caller's autograd records must not be touched by ops of its own: a backward pass would run them unrecorded.
+        return x.requires_grad and self.ctx.grad_mode and storage_of(x) not in self.ctx.born
 
     def _detach(self, x: Batched) -> Batched:
         assert self.ctx.caller is not None

@@ -71,7 +71,27 @@ def check_closure(ctx: Context, x: Tensor) -> None:
                 leaves.append(node.variable)
             waiting += [following for following, _ in node.next_functions if following is not None]
     if any(type(leaf) is not Batched and storage_of(leaf) not in ctx.born for leaf in leaves):
-        raise Restart
+        raise Restart(ctx)
+
+
+def settle(ctx: Context) -> None:
+    """Materialise what is still factored, before an in-place op changes the operands."""
+    if ctx.pending:
+        with nullcontext() if ctx.caller is None else ctx.caller():
+            for factored in list(ctx.pending.values()):
+                factored.physical  # noqa: B018
+
+
+def check_outside(ctx: Context, func: Any, args: Any, writes: tuple[int, ...]) -> None:
+    """A tensor from outside the function must not change: the function runs once for all samples, and sometimes twice."""
+    for i in writes:
+        target = args[i] if i < len(args) else None
+        # Counters of calls, such as batch norm's, are let through.
+        if isinstance(target, Tensor) and storage_of(target) not in ctx.born and (target.dim() or target.is_floating_point()):
+            raise SharedWriteError(
+                f"`{func}` changes a tensor of shape {list(target.shape)} from outside the function in place. The function runs once "
+                "for all samples, so the result would differ from one run a sample. Work on a copy, or return it with `has_aux=True`."
+            )
 
 
 def unshare_targets(ctx: Context, args: Any, values: list[Any], writes: tuple[int, ...]) -> None:
@@ -94,6 +114,7 @@ def unshare_targets(ctx: Context, args: Any, values: list[Any], writes: tuple[in
 
 def check_writes(ctx: Context, func: Any, writes: tuple[int, ...], values: list[Any]) -> None:
     """An in-place op must not put one sample's value where others read, nor change a tensor of the caller's."""
+    settle(ctx)
     for i in writes:
         target = values[i] if i < len(values) else None
         if not isinstance(target, Tensor):
@@ -107,16 +128,18 @@ def check_writes(ctx: Context, func: Any, writes: tuple[int, ...], values: list[
             value = target
         else:
             value = target.physical
+        if storage_of(value) in ctx.split:
+            raise UnsupportedError(
+                f"`{func}` writes into a tensor that shares memory with another one in torch, but not here (a gradient with views, or a "
+                "lazy conjugate). Use the form that returns its result, or clone the tensor first."
+            )
         if not ctx.owns(value):
             if type(target) is Batched and not ctx.copies:
-                raise Restart(copies=True)
+                raise Restart(ctx, copies=True)
             raise SharedWriteError(
                 f"`{func}` would change an argument of the transform in place (shape {list(target.shape)}); inputs are never modified. "
                 "Write into a copy: `x = x.clone()` first."
             )
-    if ctx.pending:
-        for factored in list(ctx.pending.values()):
-            factored.physical  # noqa: B018
 
 
 def check_shared_draw(func: Any, writes: tuple[int, ...]) -> None:

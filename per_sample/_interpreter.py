@@ -7,7 +7,6 @@ the fallback. A rule that returns ``NotImplemented`` leaves the op to the fallba
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,58 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from per_sample import _fallback, _guards, _registry
 from per_sample._batched import Batched, Context, storage_of, wrap, wrap_factor, wrap_shared
+from per_sample._entries import EAGER, ENTRIES, Entry, resolve
 from per_sample._errors import PerSampleError, UnsupportedError
 from per_sample._factors import Factor
 from per_sample._keys import all_keys
-from per_sample._pointwise import pointwise
 from per_sample._shapes import check_result
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Entry:
-    """All that is known of an op before its arguments are, resolved once."""
-
-    run: Any  # None: the fallback
-    route: str
-    nested: bool  # an argument is a list of tensors
-    writes: tuple[int, ...]  # positions of the arguments written in place
-    views: bool  # a result may be a view of an argument
-    random: bool
-    foreign: bool
-    simple: bool  # nothing but a rule to call
-
-
 _DETACH = aten.detach.default
-_ENTRIES: dict[Any, Entry] = {}
 _NO_TENSOR = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
-
-
-def _forget(op: OpOverload) -> None:
-    _ENTRIES.pop(op, None)
-
-
-_registry.on_change(_forget)
-
-
-def _resolve(op: OpOverload) -> Entry:
-    arguments = op._schema.arguments
-    writes = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
-    rule = _registry.TABLE.get(op)
-    run, route, foreign = (rule.run, rule.route, rule.foreign) if rule else (None, "fallback", False)
-    random = _registry.is_random(op)
-    if rule is None and not random:
-        # `equal` is tagged pointwise too, although it returns one Python bool.
-        if torch.Tag.pointwise in op.tags and not _guards.DATA_TAGS & set(op.tags) and "out" not in op._overloadname:
-            run, route = pointwise(op), "pointwise"
-        elif not _fallback.has_vmap_rule(op):
-            route = "loop"
-    nested = any("Tensor" in str(a.type) and "List" in str(a.type) for a in arguments)
-    views = any(r.alias_info is not None for r in op._schema.returns) or "view" in op._schema.name
-    simple = run is not None and not writes and not foreign
-    entry = _ENTRIES[op] = Entry(run, route, nested, writes, views, random, foreign, simple)
-    return entry
 
 
 class Interpreter(TorchDispatchMode):
@@ -93,12 +51,12 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """Run one op of the program for all samples."""
     if func is _DETACH:
         return _alias(ctx, args[0])
-    entry = _ENTRIES.get(func)
+    entry = ENTRIES.get(func)
     if entry is None:
         special = _special(ctx, func, args, kwargs)
         if special is not NotImplemented:
             return special
-        entry = _resolve(func)
+        entry = resolve(func)
     batched = lifted = False
     values = list(args)
     for i, a in enumerate(args):
@@ -133,7 +91,7 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         if type(out) is Tensor and out.dim() and out.shape[0] == ctx.n:
             return wrap(ctx, out)
         if out is not NotImplemented:
-            return _rewrap(ctx, entry, func, out)
+            return _rewrap(ctx, entry, func, out, args[0] if args else None)
     if entry.writes:
         _guards.unshare_targets(ctx, args, values, entry.writes)
         _guards.check_writes(ctx, func, entry.writes, values)
@@ -148,7 +106,7 @@ def _special(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         _guards.check_higher_order(ctx, func, args, kwargs)
         return func(*args, **kwargs)
     if func is aten._has_compatible_shallow_copy_type.default:
-        return True  # asked when `.data` of one wrapper is set to another
+        return True  # asked where a wrapper takes another one's sizes
     if torch.Tag.inplace_view in func.tags:
         return _view_in_place(ctx, func, args, kwargs)
     return NotImplemented
@@ -160,11 +118,11 @@ Batched.interpret = staticmethod(dispatch)
 def _alias(ctx: Context, x: Tensor) -> Tensor:
     """Autograd detaches what it saves: the same value without this level's history, and with all of the caller's."""
     if type(x) is not Batched or x.ctx is not ctx:
-        return x.detach()
+        return aten.detach.default(x)
     if x.factor is not None:
-        return wrap_factor(ctx, x.factor)
+        return wrap_factor(ctx, x.factor, x)
     if x.shared:
-        ctx.viewed.add(storage_of(x))
+        ctx.view(x.physical)
         return wrap_shared(ctx, x.physical)
     return wrap(ctx, x.physical)
 
@@ -180,7 +138,8 @@ def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> An
     if name is None:
         raise UnsupportedError(f"`{func}` changes the sizes of a per-sample tensor in place; use the form that returns a new tensor.")
     view = dispatch(ctx, getattr(packet, name), args, kwargs)
-    x.data = view
+    _guards.settle(ctx)
+    torch.Tensor.data.__set__(x, view)  # type: ignore[attr-defined]
     x._value = view.physical
     return x
 
@@ -211,9 +170,11 @@ def _run(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kw
         out = _physical(ctx, entry, func, values, kwargs)
     if entry.foreign:
         check_result(func, values, kwargs, out, ctx.n)
+    if func in EAGER:
+        ctx.split.update((storage_of(x), x) for x in (args[0].physical, out))
     if entry.writes and _registry.returns_written(func):
         return _written(func, entry, args, out)
-    return _rewrap(ctx, entry, func, out)
+    return _rewrap(ctx, entry, func, out, args[0] if args else None)
 
 
 def _adopt(ctx: Context, x: Batched) -> Batched:
@@ -254,15 +215,21 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     if entry.random and ctx.randomness != "same":
         if ctx.randomness == "error":
             _guards.refuse_random(func)
+        _guards.unshare_targets(ctx, args, values, entry.writes)
+        if any(type(v) is Batched and v.ctx is ctx for v in values):
+            return _run(ctx, entry, func, args, values, kwargs)
         _guards.check_shared_draw(func, entry.writes)
         with all_keys(), torch.no_grad():
             like = torch.empty(ctx.n)
             return wrap(ctx, _fallback.shared_draw(func, tuple(values), kwargs, like, ctx.randomness))
     if not lifted:
         # Plain tensors of the caller's: autograd has seen them where they live.
+        if entry.writes:
+            _guards.check_outside(ctx, func, args, entry.writes)
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and ctx.caller is None:
-            ctx.born.add(storage_of(out))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and (not entry.views or func is aten.lift_fresh.default):
+                ctx.born.add(storage_of(x))
         return out
     if entry.writes:
         _guards.check_writes(ctx, func, entry.writes, values)
@@ -271,7 +238,9 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     if entry.writes and _registry.returns_written(func):
         return _written(func, entry, args, out)
     if entry.views:
-        ctx.viewed.update(storage_of(v) for v in values if isinstance(v, Tensor))
+        for v in values:
+            if isinstance(v, Tensor):
+                ctx.view(v)
     if isinstance(out, Tensor):
         return wrap_shared(ctx, out)
     if isinstance(out, (tuple, list)):
@@ -279,13 +248,13 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     return out
 
 
-# Below autograd nobody resolves a lazily conjugated or negated tensor, so shared ones, too, are resolved at once.
-_EAGER = {aten._conj.default: torch.conj_physical, aten._neg_view.default: torch.neg}
-
-
 def _run_once(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
+    if ctx.caller is None and func in EAGER:
+        out = EAGER[func](*values, **kwargs)
+        ctx.split.update((storage_of(x), x) for x in (values[0], out))
+        return out
     if ctx.caller is None:
-        return _EAGER.get(func, func)(*values, **kwargs)
+        return func(*values, **kwargs)
     with ctx.caller():
         return func(*values, **kwargs)
 
@@ -297,15 +266,15 @@ def _written(func: Any, entry: Entry, args: Any, out: Any) -> Any:
     return written if isinstance(out, (tuple, list)) else written[0]
 
 
-def _rewrap(ctx: Context, entry: Entry, func: Any, out: Any) -> Any:
+def _rewrap(ctx: Context, entry: Entry, func: Any, out: Any, parent: Any) -> Any:
     """Wrap what a rule or the fallback returned."""
     kind = type(out)
     if kind is tuple or kind is list:
-        return kind([_rewrap(ctx, entry, func, o) for o in out])
+        return kind([_rewrap(ctx, entry, func, o, parent) for o in out])
     if isinstance(out, Tensor):
         if isinstance(out, Batched) and out.ctx is ctx:
             return out
         if out.dim() == 0 or out.shape[0] != ctx.n:
             _guards.refuse_shape(func, entry.run, out, ctx.n)
         return wrap(ctx, out)
-    return wrap_factor(ctx, out) if isinstance(out, Factor) else out
+    return wrap_factor(ctx, out, parent if entry.views else None) if isinstance(out, Factor) else out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,24 +77,30 @@ def in_context(
 ) -> tuple[Context, T]:
     """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter."""
     grad_mode = torch.is_grad_enabled()
+    # Where another transform runs around this one, its tensors must not look like this one's.
+    depth = sum(isinstance(mode, Interpreter) for mode in _get_current_dispatch_mode_stack())
     below_functorch = _functorch.peek_interpreter_stack() is not None
     differentiates = (
         torch.autograd.forward_ad._current_level >= 0
         or (grad_mode and any(is_recorded(t) for t in tensors))
         or (below_functorch and has_derivative_level())
     )
-    keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or _is_nested()
+    keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or depth > 0
     tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
     restores = random_states(tensors) if randomness != "error" and not tracing else []
     copies = False
     while True:
         ctx = Context(n, randomness, grad_mode=grad_mode, functional=keeps_caller or tracing, recorder=recorder)
         ctx.simple = recorder is None and not keeps_caller
-        ctx.copies = copies
+        ctx.copies, ctx.depth = copies, depth
         try:
             with _inside(ctx, fn, keeps_caller, differentiates):
                 out = body(ctx)
+            if ctx.restart is not None:
+                raise ctx.restart
         except Restart as restart:
+            if restart.ctx is not ctx:
+                raise
             copies |= restart.copies
             if not restart.copies:
                 keeps_caller = differentiates = True
@@ -102,14 +108,8 @@ def in_context(
                 restore()
             continue
         finally:
-            ctx.pending.clear()
-            ctx.closed = True
+            ctx.forget()
         return ctx, out
-
-
-def _is_nested() -> bool:
-    """Whether another transform of this package is running around this one: its tensors must not look like this one's."""
-    return any(isinstance(mode, Interpreter) for mode in _get_current_dispatch_mode_stack())
 
 
 @contextmanager
@@ -155,7 +155,9 @@ def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
             value = value.movedim(dim, 0)
         if ctx.copies and dim is not None:
             value = value.clone()
-    elif dim is not None and (dim or ctx.copies):
+    else:
+        value = ctx.caller.enter(value)
+    if ctx.caller is not None and dim is not None and (dim or ctx.copies):
         with ctx.caller(in_dispatch=False):
             value = value.movedim(dim, 0)
             if ctx.copies:
@@ -197,7 +199,8 @@ def differentiate(loss: Tensor, targets: list[Tensor], ctx: Context) -> list[Fac
     if not loss.requires_grad:
         return [_factor(None, target, ctx) for target in targets]
     ctx.backward = True
-    grads = torch.autograd.grad(loss, targets, allow_unused=True)
+    with nullcontext() if ctx.caller is None else ctx.caller.backward_pass():
+        grads = torch.autograd.grad(loss, targets, allow_unused=True)
     return [_factor(grad, target, ctx) for grad, target in zip(grads, targets, strict=True)]
 
 

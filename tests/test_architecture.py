@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_batched", "_record"),
     ("_registry", "_fallback", "_caller", "_pointwise", "_shapes", "_arguments"),
     ("_combinators", "_guards"),
+    ("_entries",),
     ("_interpreter",),
     ("rules", "_run"),
     ("_compile", "grad", "reference"),

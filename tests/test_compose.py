@@ -193,6 +193,79 @@ def test_make_fx_gives_a_flat_graph_of_batched_ops():
     assert not any("per_sample" in str(node.target) for node in calls)
 
 
+TH = random(OUT, OUT, seed=2)
+CLOSED_OVER = {
+    "matrix product": lambda th, w, x: ((w @ x) @ th).square().sum(),
+    "linear": lambda th, w, x: F.linear(w @ x, th, th[0]).tanh().sum(),
+    "transpose": lambda th, w, x: (th.t() @ (w @ x)).square().sum(),
+    "derived outside": lambda th, w, x: ((w @ x) @ th).square().sum(),
+    "bmm": lambda th, w, x: torch.bmm((w @ x).view(1, 1, -1), th[None]).square().sum(),
+    "power": lambda th, w, x: ((w @ x).square() + 1).pow(th[0]).sum(),
+    "attention": lambda th, w, x: F.scaled_dot_product_attention((w @ x).expand(1, 2, OUT), th[None], th[None]).square().sum(),
+    "layer norm": lambda th, w, x: (F.layer_norm(w @ x, (OUT,), th[0], th[1]) ** 3).sum(),
+    "in-place write": lambda th, w, x: _half_written(w @ x, th),
+    "inner autograd.grad": lambda th, w, x: _inner_grad(w @ x, th, create_graph=False),
+    "inner autograd.grad, create_graph": lambda th, w, x: _inner_grad(w @ x, th, create_graph=True),
+    "detach": lambda th, w, x: (th.detach() @ th.t() @ (w @ x)).square().sum(),
+    "inner torch.func.grad": lambda th, w, x: (grad(lambda h: (h @ th).square().sum())((w @ x).tanh()) * (w @ x)).sum(),
+}
+
+
+def _half_written(h, th):
+    copy = h.tanh().clone()
+    copy[0] = 0.5
+    return (copy @ th).square().sum()
+
+
+def _inner_grad(h, th, create_graph):
+    y = (h.tanh() @ th).square().sum()
+    (g,) = torch.autograd.grad(y, h, create_graph=create_graph, retain_graph=True)
+    return (g * h.sin()).sum() + (h @ th).sum()
+
+
+@pytest.mark.parametrize("how", ["closed over", "argument", "inside itself, closed over", "inside itself, argument"])
+@pytest.mark.parametrize("name", CLOSED_OVER)
+def test_outer_derivative_with_respect_to_a_shared_tensor(name, how):
+    fn = CLOSED_OVER[name]
+    w = random(OUT, IN)
+    th = TH.clone().requires_grad_()
+    used = th * 2 if name == "derived outside" else th
+
+    def loss_of(w, x):
+        return fn(used, w, x)
+
+    def by_loop(w, x):
+        q = w.clone().requires_grad_()
+        return torch.autograd.grad(loss_of(q, x), q, create_graph=True)[0]
+
+    expected = torch.stack([by_loop(w, x) for x in X])
+    if how == "closed over":
+        actual = per_sample_grad(loss_of)(w, X)
+    elif how == "argument":
+        actual = per_sample_grad(lambda w, t, x: fn(t, w, x), in_dims=(None, None, 0))(w, used, X)
+    else:
+
+        def outer(c, x):
+            if how.endswith("over"):
+                return (per_sample_grad(loss_of)(w * c, x[None])[0] ** 2).sum()
+            return (per_sample_grad(fn, 1, (None, None, 0))(used, w * c, x[None])[0] ** 2).sum()
+
+        if "autograd.grad" in name:
+            pytest.skip("the inner autograd.grad would have to pass through two levels; vmap refuses it, too")
+        actual = per_sample_grad(outer)(torch.ones((), dtype=D), X)
+
+        def outer_by_loop(c, x):
+            q = w * c
+            g = torch.autograd.grad(loss_of(q, x), q, create_graph=True)[0]
+            return torch.autograd.grad((g**2).sum(), c, create_graph=True)[0]
+
+        c = torch.ones((), dtype=D, requires_grad=True)
+        expected = torch.stack([outer_by_loop(c, x) for x in X])
+    torch.testing.assert_close(actual, expected)
+    found = torch.autograd.grad((actual**2).sum(), th, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad((expected**2).sum(), th))
+
+
 class Straight(torch.autograd.Function):
     """Rounding whose gradient is taken to be one."""
 

@@ -71,10 +71,15 @@ _neg = pointwise(aten.neg.default)
 
 
 def _is_scale(x: Any, of: Tensor) -> bool:
-    """Whether ``x`` is one number that all samples share and that keeps the dtype of ``of``."""
+    """Whether ``x`` is one number that all samples share and that keeps the dtype of ``of``.
+
+    In half precision a scaled operand could leave the range that the product keeps.
+    """
+    if of.dtype in (torch.float16, torch.bfloat16):
+        return False
     if isinstance(x, Tensor):
         return type(x) is not Batched and x.dim() == 0 and x.is_complex() <= of.is_complex() and x.device == of.device
-    return isinstance(x, (int, float)) or of.is_complex()
+    return (isinstance(x, (int, float)) or of.is_complex()) and abs(x) < 1e30
 
 
 def _is_outer_product(a: Any, b: Any) -> bool:
@@ -113,7 +118,8 @@ def mul_scalar(self: Any, other: Any) -> Any:
 @rule(aten.div.Tensor)
 def div(self: Any, other: Any) -> Any:
     if type(self) is Batched and self.factor is not None and _is_scale(other, self):
-        if isinstance(other, torch.Tensor) or other != 0:
+        # The reciprocal of a tiny number is infinite, and its product with zero no number.
+        if not isinstance(other, torch.Tensor) and 1e-30 < abs(other) < 1e30:
             return self.factor.scale(1 / other)
     return _div(self, other)
 
