@@ -73,3 +73,9 @@ def test_no_random_number_is_drawn_twice_when_the_run_begins_again():
         return out, torch.autograd.grad(out.square().sum(), c)[0], torch.rand(1)
 
     torch.testing.assert_close(run(per_sample_grad), run(reference.per_sample_grad))
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_dropout_on_a_parameter_that_the_samples_share(randomness):
+    torch.manual_seed(0)
+    assert_matches_reference(lambda w, x: (F.dropout(w, 0.5) @ x).square().sum(), W, X, randomness=randomness)
