@@ -169,7 +169,7 @@ def fold(op: OpOverload, core: int, *, channels_last: bool = False) -> Run:
 
     ``core`` is the rank without the batch axis; a sample of just that rank makes the sample axis the batch axis. A list
     argument ``input_size`` counts the batch, too. ``channels_last``: on the CPU torch vectorises the op over channels
-    only in that layout, by a factor of 3 to 10, which pays for two copies.
+    only in that layout, which more than pays for two copies.
     """
     names = [a.name for a in op._schema.arguments]
     places = _tensor_places(op)

@@ -158,6 +158,21 @@ def test_keyword_arguments_aux_chunks_and_several_argnums():
     torch.testing.assert_close(compiled(plain)(*arguments), plain(*arguments))
 
 
+@pytest.mark.parametrize("keep_batch_dim", [False, True])
+def test_other_axes_and_a_batched_parameter(keep_batch_dim):
+    def fn(p, x, y):
+        return loss({k: v.squeeze(0) if keep_batch_dim and k == "b" else v for k, v in p.items()}, x, y)
+
+    def plain(p, x, y):
+        return per_sample_grad(fn, 0, ({"w": None, "b": 1}, 1, -1), keep_batch_dim=keep_batch_dim)(p, x, y)
+
+    x, y = data(4)
+    p = {"w": params()["w"], "b": torch.stack([params()["b"] * i for i in range(4)], 1)}
+    actual = compiled(plain)(p, x.T.contiguous(), y.T.contiguous())
+    torch.testing.assert_close(actual, plain(p, x.T.contiguous(), y.T.contiguous()))
+    assert {k: tuple(v.shape) for k, v in actual.items()} == {"w": (4, 5, 3), "b": (4, 5)}
+
+
 def test_an_empty_batch():
     torch.testing.assert_close(compiled(step)(params(), *data(0))[0], params())
 

@@ -2,7 +2,7 @@
 
 A fresh result of many megabytes costs more in page faults than in arithmetic, since the system takes large blocks back as soon as they are
 freed and hands them out again page by page. So what a result occupied is kept for a result of the same size in the next step of a
-training loop, which finds it warm: the write then takes about a sixth of the time.
+training loop, which finds it warm.
 """
 
 from __future__ import annotations
