@@ -9,6 +9,7 @@ from per_sample._errors import (
     BatchSizeError,
     DataDependentError,
     EscapedError,
+    ModuleCallError,
     NotScalarError,
     PerSampleError,
     RandomnessError,
@@ -18,6 +19,7 @@ from per_sample._errors import (
 )
 from per_sample._options import options
 from per_sample._registry import rule
+from per_sample.expanded_weights import call_for_per_sample_grads
 from per_sample.explain import Explanation, explain
 from per_sample.transforms import per_sample_grad, per_sample_grad_and_value
 
@@ -29,12 +31,14 @@ __all__ = [
     "DataDependentError",
     "EscapedError",
     "Explanation",
+    "ModuleCallError",
     "NotScalarError",
     "PerSampleError",
     "RandomnessError",
     "RuleError",
     "SharedWriteError",
     "UnsupportedError",
+    "call_for_per_sample_grads",
     "explain",
     "grad",
     "options",

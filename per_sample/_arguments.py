@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from per_sample import _trees as trees
-from per_sample._errors import ArgumentError, BatchSizeError
+from per_sample._errors import ArgumentError, BatchSizeError, UnsupportedError
 
 Argnums = int | tuple[int, ...]
 RANDOMNESS = ("error", "different", "same")
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,6 +53,14 @@ def read(args: tuple[Any, ...], argnums: Argnums, in_dims: Any, trees: Any = tre
         dims = [0 if not d and isinstance(leaf, Tensor) else None for d, leaf in zip(diff, leaves, strict=True)]
     else:
         dims = _broadcast_in_dims(in_dims, args, leaves, trees)
+    for leaf, dim, is_diff, i in zip(leaves, dims, diff, owner, strict=True):
+        if isinstance(leaf, Tensor):
+            _check_layout(leaf, dim is not None or is_diff, i)
+        elif in_dims is None and getattr(leaf, "shape", None):
+            raise ArgumentError(
+                f"Argument {i} has a leaf of type {type(leaf).__name__}, which is no tensor. Convert it (`torch.as_tensor`) to give each "
+                "sample its part, or say with None in `in_dims` that the samples share it."
+            )
     dims = [_check_dim(leaf, dim, i, args) for leaf, dim, i in zip(leaves, dims, owner, strict=True)]
     for leaf, is_diff, i in zip(leaves, diff, owner, strict=True):
         if is_diff:
@@ -70,7 +80,7 @@ def _argnums(argnums: Argnums, count: int) -> tuple[int, ...]:
 
 
 def _broadcast_in_dims(in_dims: Any, args: tuple[Any, ...], leaves: list[Any], trees: Any) -> list[int | None]:
-    if isinstance(in_dims, int):
+    if isinstance(in_dims, int) and not isinstance(in_dims, bool):
         return [in_dims if isinstance(x, Tensor) else None for x in leaves]
     if isinstance(in_dims, list):
         in_dims = tuple(in_dims)
@@ -101,12 +111,30 @@ def _check_dim(leaf: Any, dim: int | None, i: int, args: tuple[Any, ...]) -> int
     return dim % leaf.dim()
 
 
+def _check_layout(leaf: Tensor, needed: bool, i: int) -> None:
+    """Refuse tensors without strided memory; ``needed``: batched or differentiated."""
+    if isinstance(leaf, (UninitializedParameter, UninitializedBuffer)):
+        kind, cure = "not initialised", "run the module once"
+    elif leaf.is_nested:
+        kind, cure = "nested", "pad it"
+    elif leaf.is_quantized:
+        kind, cure = "quantised", "dequantise it"
+    elif leaf.is_mkldnn or (needed and leaf.layout in _COMPRESSED) or (needed and leaf.is_sparse):
+        kind, cure = f"of layout {leaf.layout}", "use `.to_dense()`"
+    elif type(leaf).__name__ == "MaskedTensor":
+        kind, cure = "masked", "pass its data and its mask"
+    else:
+        return
+    raise UnsupportedError(f"Argument {i} has a tensor that is {kind}, which has no per-sample form here; {cure} first.")
+
+
 def _check_differentiable(leaf: Any, i: int) -> None:
     if leaf is None:
         return
     if not isinstance(leaf, Tensor):
         raise ArgumentError(
-            f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}; every leaf must be a tensor."
+            f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}; every leaf must be a tensor. A "
+            "module's parameters are `dict(module.named_parameters())`."
         )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise ArgumentError(
@@ -129,6 +157,14 @@ def _batch_size(leaves: list[Any], dims: list[int | None], owner: list[int]) -> 
 def chunk(arguments: Arguments, start: int, size: int) -> list[Any]:
     """The leaves of samples ``start : start + size``."""
     return [leaf if dim is None else leaf.narrow(dim, start, size) for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)]
+
+
+def pick(arguments: Arguments, leaves: list[Any], numbers: list[int]) -> list[Any]:
+    """The leaves of a part of the samples."""
+    chosen = torch.tensor(numbers)
+    return [
+        leaf if dim is None else leaf.index_select(dim, chosen.to(leaf.device)) for leaf, dim in zip(leaves, arguments.dims, strict=True)
+    ]
 
 
 def one_zero_sample(arguments: Arguments) -> list[Any]:

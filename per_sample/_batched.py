@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from per_sample._errors import DataDependentError, EscapedError, RuleError, UnsupportedError
+from per_sample._conversions import Conversions
+from per_sample._errors import EscapedError, RuleError
 from per_sample._factors import Factor
+from per_sample._keys import see_conjugates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from per_sample._record import Recorder
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass
+# A wrapper has no memory: code that reads it by pointer must fail rather than crash.
+_no_pointer = torch._C._set_throw_on_mutable_data_ptr
 
 
 @dataclass(eq=False, slots=True)
@@ -37,13 +41,23 @@ class Context:
     functional: bool = False
     # Neither a caller nor a recorder to look after.
     simple: bool = True
+    # Complex tensors were met, whose lazy conjugation kernels must see.
+    complex: bool = False
     # In the backward pass a product of two per-sample matrices stays a factor.
     backward: bool = False
     closed: bool = False
     recorder: Recorder | None = None
     restart: Restart | None = None
-    # Batched arguments are lifted as copies.
-    copies: bool = False
+    # Batched arguments are lifted as copies (1), or shared ones, too (2).
+    copies: int = 0
+    # Every sample gets its own of the tensors that the program makes: from nothing (1), or from shared ones, too (2).
+    expands: int = 0
+    # Calls are caught before the dispatcher, too.
+    functions: bool = False
+    # Gradients are accumulated by `backward`, as reentrant checkpoints want it.
+    accumulates: bool = False
+    # Samples whose values lead different ways may run apart.
+    splits: bool = False
     # Storages of the caller's tensors, which no in-place op may reach.
     borrowed: set[int] = field(default_factory=set)
     # Shared tensors that have views, by storage; kept, so that no other storage takes the same number.
@@ -111,7 +125,7 @@ def storage_of(x: Tensor) -> int | None:
         return None
 
 
-class Batched(torch.Tensor):
+class Batched(Conversions, torch.Tensor):
     """One sample's view of a batch.
 
     ``shared`` says that all samples have the same value: then the physical tensor has no sample axis. Otherwise axis 0
@@ -162,6 +176,8 @@ class Batched(torch.Tensor):
                         f"`{func}` met a per-sample tensor that outlived the transform it came from. Return such values "
                         "from the function (with `has_aux=True`) instead of storing them outside."
                     )
+                if a.ctx.complex:
+                    see_conjugates()
                 return cls.interpret(a.ctx, func, args, kwargs or {})
         return NotImplemented
 
@@ -170,29 +186,18 @@ class Batched(torch.Tensor):
         held = f", factor={type(self.factor).__name__}" if self.factor is not None else ""
         return f"Batched({kind}, shape={list(self.shape)}, dtype={self.dtype}{held})"
 
-    def _no_value(self, *_: Any, **__: Any) -> NoReturn:
-        raise DataDependentError(
-            "A per-sample tensor has one value for each sample, so it has no Python value (`tolist`, `numpy`, ...) "
-            "inside the function. Return it with `has_aux=True` and convert it outside."
-        )
 
-    tolist = numpy = __array__ = _no_value
+@dataclass(frozen=True, eq=False, slots=True)
+class Plain:
+    """A result of a rule that is the same for all samples, and that torch's C++ code reads by pointer."""
 
-    @property
-    def data(self) -> Tensor:
-        """As torch has it."""
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise UnsupportedError("Assigning to `.data` of a per-sample tensor is not supported; use `copy_`, or a new variable.")
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.clone()
+    value: Tensor
 
 
 def wrap(ctx: Context, value: Tensor) -> Batched:
     """A per-sample tensor from its physical form ``[n, *shape]``."""
+    if value.dtype.is_complex:
+        value = _resolved(ctx, value)
     shape = value.shape
     if value.is_contiguous():
         out = _make_wrapper(Batched, shape[1:], dtype=value.dtype, device=value.device)
@@ -201,17 +206,27 @@ def wrap(ctx: Context, value: Tensor) -> Batched:
             Batched, shape[1:], strides=value.stride()[1:], storage_offset=value.storage_offset(),
             dtype=value.dtype, device=value.device,
         )  # fmt: skip
+    _no_pointer(out)
     out.ctx = ctx
     out._value = value
     return out
 
 
+def _resolved(ctx: Context, value: Tensor) -> Tensor:
+    """Below autograd nobody would resolve a lazy conjugation, and the wrapper does not show one."""
+    ctx.complex = True
+    return value.resolve_conj().resolve_neg() if ctx.caller is None else value
+
+
 def wrap_shared(ctx: Context, value: Tensor) -> Batched:
     """A tensor that all samples share."""
+    if value.dtype.is_complex:
+        value = _resolved(ctx, value)
     out = _make_wrapper(
         Batched, value.shape, strides=value.stride(), storage_offset=value.storage_offset(),
         dtype=value.dtype, device=value.device,
     )  # fmt: skip
+    _no_pointer(out)
     out.ctx = ctx
     out.shared = True
     out._value = value
@@ -222,6 +237,7 @@ def wrap_factor(ctx: Context, factor: Factor, parent: Batched | None = None) -> 
     """A gradient that stays factored; ``parent``: the one it is a view of."""
     like = factor.like
     out = _make_wrapper(Batched, factor.shape, dtype=like.dtype, device=like.device)
+    _no_pointer(out)
     out.ctx = ctx
     out.factor = factor
     out.origin = object() if parent is None else parent.origin

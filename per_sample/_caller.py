@@ -33,14 +33,31 @@ def has_derivative_level() -> bool:
 class Restart(BaseException):
     """The call begins again, for a reason that showed on the way.
 
-    ``copies``: the program writes in place into its batched arguments, which it must get as copies. Otherwise a closed-over tensor turned
-    out to require grad, and the caller's context must be kept.
+    ``copies``: the program writes in place into its arguments, which it must get as copies (see ``Context``).
+    ``expands``: it writes a per-sample value into a tensor of its own making, which every sample must get for itself (see ``Context``).
+    ``functions``: some of its calls have to be caught before the dispatcher sees them.
+    ``accumulates``: it holds a reentrant checkpoint, which wants `backward` instead of `autograd.grad`.
+    ``groups``: samples (their numbers) that have to run apart.
+    None of these: a closed-over tensor turned out to require grad, and the caller's context must be kept.
     """
 
-    def __init__(self, ctx: Context, *, copies: bool = False) -> None:
+    def __init__(
+        self,
+        ctx: Context,
+        *,
+        copies: int = 0,
+        expands: int = 0,
+        functions: bool = False,
+        accumulates: bool = False,
+        groups: list[list[int]] | None = None,
+    ) -> None:
         super().__init__()
         self.ctx = ctx
         self.copies = copies
+        self.expands = expands
+        self.functions = functions
+        self.accumulates = accumulates
+        self.groups = groups
         # So that it is not lost in an `except` of the program's.
         ctx.restart = self
 
@@ -155,6 +172,7 @@ class CallerMode(TorchFunctionMode):
                 return x
             if id(x) not in self.lifted:
                 # The pair is kept, so that the id stays taken.
+                self.ctx.borrow(x)
                 self.lifted[id(x)] = (x, wrap_shared(self.ctx, x))
                 caller.differentiates |= self.ctx.grad_mode and is_recorded(x)
             return self.lifted[id(x)][1]

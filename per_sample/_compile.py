@@ -19,7 +19,8 @@ from per_sample import _arguments, _torch_trees
 from per_sample._batched import Context
 from per_sample._errors import UnsupportedError
 from per_sample._factors import Factor
-from per_sample._run import check_scalar, differentiate, in_context, lift, read_out, split_aux
+from per_sample._run import check_scalar, differentiate, lift, read_out, split_aux
+from per_sample._surroundings import in_context
 
 _library = torch.library.Library("per_sample", "FRAGMENT")
 # `dim` is the sample axis, -1 for a tensor that the samples share.

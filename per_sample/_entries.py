@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from per_sample import _fallback, _guards, _registry
+from per_sample import _fallback, _registry
 from per_sample._pointwise import pointwise
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ def resolve(op: OpOverload) -> Entry:
     random = _registry.is_random(op)
     if rule is None and not random:
         # `equal` is tagged pointwise too, although it returns one Python bool.
-        if torch.Tag.pointwise in op.tags and not _guards.DATA_TAGS & set(op.tags) and "out" not in op._overloadname:
+        if torch.Tag.pointwise in op.tags and not _fallback.is_data_dependent(op) and "out" not in op._overloadname:
             run, route = pointwise(op), "pointwise"
         elif not _fallback.has_vmap_rule(op):
             route = "loop"

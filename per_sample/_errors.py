@@ -41,5 +41,9 @@ class UnsupportedError(PerSampleError, NotImplementedError):
     """An op or a combination that cannot be right is refused."""
 
 
+class ModuleCallError(PerSampleError, RuntimeError):
+    """``call_for_per_sample_grads`` was given something that it cannot use."""
+
+
 class EscapedError(PerSampleError, RuntimeError):
     """A per-sample tensor was used after the transform that made it had ended."""

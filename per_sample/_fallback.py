@@ -6,7 +6,7 @@ By functorch's vmap, or sample by sample where vmap has no rule either. Its call
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -15,11 +15,22 @@ from torch._functorch import vmap as functorch_vmap
 from torch._ops import OpOverload
 
 from per_sample._batched import context_of, is_batched, wrap
+from per_sample._values import agreed
+
+if TYPE_CHECKING:
+    from per_sample._batched import Context
+
+
+def is_data_dependent(op: OpOverload) -> bool:
+    """Whether the op's result is a Python value, or its size depends on values."""
+    return torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
 
 
 @functools.cache
 def has_vmap_rule(op: OpOverload) -> bool:
-    """Whether functorch runs the op on the whole batch, rather than in a loop of its own."""
+    """Whether functorch runs the op on the whole batch, rather than in a loop of its own or not at all."""
+    if is_data_dependent(op):
+        return False
     functorch_vmap.lazy_load_decompositions()  # type: ignore[attr-defined]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     name = op.name()
@@ -48,28 +59,35 @@ def run(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, r
     where = [i for i, leaf in enumerate(leaves) if is_batched(leaf)]
     tensors = [leaves[i].physical for i in where]
 
-    structure: list[Any] = []
+    found: list[list[Any]] = []
+    out_spec: Any = None
 
     def one(*values: Tensor) -> tuple[Tensor, ...]:
+        nonlocal out_spec
         filled = list(leaves)
         for i, value in zip(where, values, strict=True):
             filled[i] = value
         a, k = pytree.tree_unflatten(filled, spec)
         out, out_spec = pytree.tree_flatten(op(*a, **k))
+        found.append(out)
         # Results such as the None of a masked-out gradient are no tensors, which vmap refuses to return.
-        structure[:] = [out_spec, out]
         return tuple(x for x in out if isinstance(x, Tensor))
 
-    columns = torch.vmap(one, randomness=randomness)(*tensors) if has_vmap_rule(op) else _loop(one, tensors, n)
-    found = iter(columns)
-    out_spec, out = structure
-    return pytree.tree_unflatten([next(found) if isinstance(x, Tensor) else x for x in out], out_spec)
+    if has_vmap_rule(op):
+        columns = torch.vmap(one, randomness=randomness)(*tensors)
+    else:
+        columns = _stacked(op, context_of(*args, *kwargs.values()), [one(*(t[i] for t in tensors)) for i in range(n)], found)
+    rest = iter(columns)
+    return pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in found[0]], out_spec)
 
 
-def _loop(one: Any, tensors: list[Tensor], n: int) -> tuple[Tensor, ...]:
-    """One call a sample, stacked. The empty batch takes its shapes from a sample of zeros."""
-    rows = [one(*(t[i] for t in tensors)) for i in range(n)] or [one(*(t.new_zeros(t.shape[1:]) for t in tensors))]
-    return tuple(torch.stack(column)[:n] for column in zip(*rows, strict=True))
+def _stacked(op: OpOverload, ctx: Context, rows: list[tuple[Tensor, ...]], found: list[list[Any]]) -> tuple[Tensor, ...]:
+    """One result a sample, stacked; sizes and Python values that depend on the samples' values must agree."""
+    columns = list(zip(*rows, strict=True))
+    facts = [[x.shape if isinstance(x, Tensor) else x for x in out] for out in found]
+    if any(fact != facts[0] for fact in facts):
+        agreed(ctx, torch.tensor([facts.index(fact) for fact in facts]), f"`{op}`")
+    return tuple(torch.stack(column) for column in columns)
 
 
 def shared_draw(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor, randomness: str) -> Tensor:

@@ -12,45 +12,9 @@ from torch import Tensor
 from per_sample import _fallback
 from per_sample._batched import Batched, Context, storage_of
 from per_sample._caller import Restart
-from per_sample._errors import DataDependentError, RandomnessError, RuleError, SharedWriteError, UnsupportedError
+from per_sample._errors import EscapedError, RandomnessError, RuleError, SharedWriteError, UnsupportedError
 
 aten = torch.ops.aten
-
-_DATA_DEPENDENT = {
-    aten._local_scalar_dense.default: "`.item()`, `float()`, `int()` or a branch (`if`, `bool()`)",
-    aten.is_nonzero.default: "a branch (`if`, `bool()`)",
-    aten.equal.default: "`torch.equal`",
-    aten.nonzero.default: "`nonzero`, or indexing with a mask",
-    aten.masked_select.default: "`masked_select`, or indexing with a mask",
-    aten.index.Tensor: "indexing with a mask",
-    aten.index_put.default: "indexing with a mask",
-    aten.index_put_.default: "indexing with a mask",
-    aten._unique2.default: "`unique`",
-    aten.unique_dim.default: "`unique`",
-    aten.unique_consecutive.default: "`unique_consecutive`",
-}
-
-
-DATA_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_MASKED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-
-
-def _has_mask(values: list[Any]) -> bool:
-    """Whether an index is a mask that differs between samples, which selects a different number of elements in each."""
-    return any(type(i) is Batched and i.dtype in (torch.bool, torch.uint8) for i in values[1])
-
-
-def check_data(func: Any, values: list[Any]) -> None:
-    """An op must not ask for the Python value, or the shape, of what differs between samples."""
-    if func in _MASKED:
-        if not _has_mask(values):
-            return
-    elif not DATA_TAGS & set(func.tags):
-        return
-    raise DataDependentError(
-        f"{_DATA_DEPENDENT.get(func, f'`{func}`')} asks for the value of a tensor that differs between samples. Use `torch.where` or "
-        "masks instead of a branch, keep the value as a tensor, or return it with `has_aux=True`."
-    )
 
 
 def check_closure(ctx: Context, x: Tensor) -> None:
@@ -82,16 +46,26 @@ def settle(ctx: Context) -> None:
                 factored.physical  # noqa: B018
 
 
-def check_outside(ctx: Context, func: Any, args: Any, writes: tuple[int, ...]) -> None:
+def check_outside(ctx: Context, func: Any, args: Any, kwargs: Any) -> None:
     """A tensor from outside the function must not change: the function runs once for all samples, and sometimes twice."""
-    for i in writes:
-        target = args[i] if i < len(args) else None
-        # Counters of calls, such as batch norm's, are let through.
-        if isinstance(target, Tensor) and storage_of(target) not in ctx.born and (target.dim() or target.is_floating_point()):
-            raise SharedWriteError(
-                f"`{func}` changes a tensor of shape {list(target.shape)} from outside the function in place. The function runs once "
-                "for all samples, so the result would differ from one run a sample. Work on a copy, or return it with `has_aux=True`."
-            )
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        for target in pytree.tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
+            # Counters of calls, such as batch norm's, are let through.
+            if isinstance(target, Tensor) and storage_of(target) not in ctx.born and (target.dim() or target.is_floating_point()):
+                raise SharedWriteError(
+                    f"`{func}` changes a tensor of shape {list(target.shape)} from outside the function in place. The function runs once "
+                    "for all samples, so the result would differ from one run a sample. Pass the tensor as an argument, or work on a copy."
+                )
+
+
+def refuse_escaped(op: Any) -> NoReturn:
+    """A tensor of a transform that has ended, or runs elsewhere."""
+    raise EscapedError(
+        f"`{op}` met a per-sample tensor of another transform, which has ended or runs in another thread. Return such values from the "
+        "function (with `has_aux=True`) instead of storing them outside."
+    )
 
 
 def unshare_targets(ctx: Context, args: Any, values: list[Any], writes: tuple[int, ...]) -> None:
@@ -112,15 +86,17 @@ def unshare_targets(ctx: Context, args: Any, values: list[Any], writes: tuple[in
         values[i] = target
 
 
-def check_writes(ctx: Context, func: Any, writes: tuple[int, ...], values: list[Any]) -> None:
+def check_writes(ctx: Context, func: Any, args: Any, writes: tuple[int, ...], values: list[Any]) -> None:
     """An in-place op must not put one sample's value where others read, nor change a tensor of the caller's."""
     settle(ctx)
     for i in writes:
         target = values[i] if i < len(values) else None
-        if not isinstance(target, Tensor):
-            raise UnsupportedError(f"`{func}` with `out=` is not supported on per-sample tensors; use the form that returns its result.")
+        assert isinstance(target, Tensor)
         if type(target) is not Batched or target.ctx is not ctx:
             if any(type(v) is Batched and v.ctx is ctx for v in values):
+                made_inside = ctx.owns(target) if type(args[i]) is Batched else storage_of(target) in ctx.born
+                if made_inside and ctx.expands < 2:
+                    raise Restart(ctx, expands=ctx.expands + 1)
                 raise SharedWriteError(
                     f"`{func}` writes a per-sample value into a tensor of shape {list(target.shape)} that all samples share. Make the "
                     "target from a per-sample tensor (`x.new_zeros(...)`, `torch.zeros_like(x)`), or build the result with `torch.stack`."
@@ -134,8 +110,9 @@ def check_writes(ctx: Context, func: Any, writes: tuple[int, ...], values: list[
                 "lazy conjugate). Use the form that returns its result, or clone the tensor first."
             )
         if not ctx.owns(value):
-            if type(target) is Batched and not ctx.copies:
-                raise Restart(ctx, copies=True)
+            level = 1 if type(target) is Batched else 2
+            if type(args[i]) is Batched and ctx.copies < level:
+                raise Restart(ctx, copies=level)
             raise SharedWriteError(
                 f"`{func}` would change an argument of the transform in place (shape {list(target.shape)}); inputs are never modified. "
                 "Write into a copy: `x = x.clone()` first."
@@ -176,7 +153,12 @@ def refuse_random(func: Any) -> NoReturn:
     )
 
 
+_CONTROL = {torch.ops.higher_order.cond, torch.ops.higher_order.while_loop}
+
+
 def check_higher_order(ctx: Context, func: Any, args: Any, kwargs: Any) -> None:
-    """Control flow and other ops that take functions have no rule."""
+    """Control flow is caught by ``FunctionMode``; other ops that take functions have no rule."""
+    if func in _CONTROL and ctx.splits and not ctx.functions:
+        raise Restart(ctx, functions=True)
     if any(type(a) is Batched and a.ctx is ctx for a in pytree.arg_tree_leaves(*args, **kwargs)):
         raise UnsupportedError(f"The higher-order op `{func}` has no per-sample form yet; write it with ordinary torch ops.")

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from per_sample import _fallback, _guards, _registry
-from per_sample._batched import Batched, Context, storage_of, wrap, wrap_factor, wrap_shared
+from per_sample import _fallback, _guards, _out, _registry
+from per_sample._batched import Batched, Context, Plain, storage_of, wrap, wrap_factor, wrap_shared
 from per_sample._entries import EAGER, ENTRIES, Entry, resolve
 from per_sample._errors import PerSampleError, UnsupportedError
 from per_sample._factors import Factor
-from per_sample._keys import all_keys
+from per_sample._fresh import own_copies
+from per_sample._keys import all_keys, see_conjugates
 from per_sample._shapes import check_result
 
 aten = torch.ops.aten
@@ -44,6 +46,8 @@ class Interpreter(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.ctx.complex:
+            see_conjugates()
         return dispatch(self.ctx, func, args, kwargs or {})
 
 
@@ -68,6 +72,8 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
                     values[i] = a._value
                 else:
                     batched = True
+            elif ctx.caller is None or a.ctx.closed:
+                _guards.refuse_escaped(func)
         elif kind in _NO_TENSOR:
             pass
         elif isinstance(a, Tensor):
@@ -94,7 +100,7 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
             return _rewrap(ctx, entry, func, out, args[0] if args else None)
     if entry.writes:
         _guards.unshare_targets(ctx, args, values, entry.writes)
-        _guards.check_writes(ctx, func, entry.writes, values)
+        _guards.check_writes(ctx, func, args, entry.writes, values)
     if ctx.recorder is not None:
         return ctx.recorder.op(func, entry.route, lambda: _run(ctx, entry, func, args, values, kwargs))
     return _run(ctx, entry, func, args, values, kwargs)
@@ -109,10 +115,20 @@ def _special(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         return True  # asked where a wrapper takes another one's sizes
     if torch.Tag.inplace_view in func.tags:
         return _view_in_place(ctx, func, args, kwargs)
+    if func is aten._efficientzerotensor.default:
+        # Zeros without memory can be read only above this level.
+        return dispatch(ctx, aten.zeros.default, args, kwargs)
+    if _out.is_out_form(func) and any(type(x) is Batched and x.ctx is ctx for x in pytree.arg_tree_leaves(*args, **kwargs)):
+        return _out.run(functools.partial(dispatch, ctx), func, args, kwargs)
     return NotImplemented
 
 
 Batched.interpret = staticmethod(dispatch)
+
+# Where torch compiles parts of an eager program (`torch.cond`), dynamo must leave the interpreter alone.
+_SKIP = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+set_code_exec_strategy(Interpreter.__torch_dispatch__.__code__, _SKIP)
+set_code_exec_strategy(Batched.__torch_dispatch__.__code__, _SKIP)
 
 
 def _alias(ctx: Context, x: Tensor) -> Tensor:
@@ -132,6 +148,7 @@ def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> An
     x = args[0]
     packet = getattr(aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
     if type(x) is not Batched or x.ctx is not ctx:
+        _guards.check_outside(ctx, func, args, kwargs)
         return func(*args, **kwargs)
     # `transpose_.default` has its namesake in `transpose.int`.
     name = next((o for o in (func._overloadname, "int") if packet is not None and o in packet.overloads()), None)
@@ -154,6 +171,8 @@ def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
                 x = x._value
             else:
                 batched = True
+        elif type(x) is Batched and (ctx.caller is None or x.ctx.closed):
+            _guards.refuse_escaped("A list or keyword argument")
         elif isinstance(x, Tensor) and x.requires_grad and ctx.grad_mode and ctx.caller is None:
             _guards.check_closure(ctx, x)
         values.append(x)
@@ -189,8 +208,7 @@ def _physical(ctx: Context, entry: Entry, func: Any, values: list[Any], kwargs: 
             return out
         if ctx.recorder is not None:
             ctx.recorder.took("fallback" if _fallback.has_vmap_rule(func) else "loop")
-    _guards.check_data(func, values)
-    if entry.random:
+    if entry.random and _registry.draws(func, values, kwargs):
         _guards.check_random(ctx, func)
     if ctx.caller is not None:
         return _fall_back(ctx, func, values, kwargs)
@@ -212,7 +230,7 @@ def _fall_back(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
 
 def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kwargs: Any, lifted: bool) -> Any:
     """An op none of whose arguments differs between samples: once for all."""
-    if entry.random and ctx.randomness != "same":
+    if entry.random and ctx.randomness != "same" and _registry.draws(func, values, kwargs):
         if ctx.randomness == "error":
             _guards.refuse_random(func)
         _guards.unshare_targets(ctx, args, values, entry.writes)
@@ -225,14 +243,15 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     if not lifted:
         # Plain tensors of the caller's: autograd has seen them where they live.
         if entry.writes:
-            _guards.check_outside(ctx, func, args, entry.writes)
+            _guards.check_outside(ctx, func, args, kwargs)
+        see_conjugates()
         out = func(*args, **kwargs)
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor) and (not entry.views or func is aten.lift_fresh.default):
                 ctx.born.add(storage_of(x))
-        return out
+        return own_copies(ctx, entry, func, out) if ctx.expands else out
     if entry.writes:
-        _guards.check_writes(ctx, func, entry.writes, values)
+        _guards.check_writes(ctx, func, args, entry.writes, values)
     run = functools.partial(_run_once, ctx, func, values, kwargs)
     out = run() if ctx.recorder is None else ctx.recorder.op(func, "shared", run)
     if entry.writes and _registry.returns_written(func):
@@ -241,11 +260,20 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
         for v in values:
             if isinstance(v, Tensor):
                 ctx.view(v)
+    if ctx.expands:
+        out = own_copies(ctx, entry, func, out)
     if isinstance(out, Tensor):
-        return wrap_shared(ctx, out)
+        return _shared(ctx, out)
+    if func is aten._pack_padded_sequence.default:
+        # Recurrent layers read the batch sizes by pointer.
+        return wrap_shared(ctx, out[0]), out[1]
     if isinstance(out, (tuple, list)):
-        return type(out)(wrap_shared(ctx, o) if isinstance(o, Tensor) else o for o in out)
+        return type(out)(_shared(ctx, o) for o in out)
     return out
+
+
+def _shared(ctx: Context, out: Any) -> Any:
+    return wrap_shared(ctx, out) if isinstance(out, Tensor) and not (type(out) is Batched and out.ctx is ctx) else out
 
 
 def _run_once(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
@@ -271,6 +299,8 @@ def _rewrap(ctx: Context, entry: Entry, func: Any, out: Any, parent: Any) -> Any
     kind = type(out)
     if kind is tuple or kind is list:
         return kind([_rewrap(ctx, entry, func, o, parent) for o in out])
+    if kind is Plain:
+        return out.value
     if isinstance(out, Tensor):
         if isinstance(out, Batched) and out.ctx is ctx:
             return out

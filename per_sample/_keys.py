@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PYTHON = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot)
+_LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 
 
 @contextmanager
@@ -24,3 +25,9 @@ def all_keys() -> Iterator[None]:
             for key in _PYTHON:
                 torch._C._dispatch_tls_set_dispatch_key_included(key, False)
         yield
+
+
+def see_conjugates() -> None:
+    """Let kernels called from inside ``__torch_dispatch__`` resolve lazy conjugation; torch's own guard sets the keys back."""
+    for key in _LAZY:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)

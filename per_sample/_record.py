@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class Recorder:
 
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
     _route: str = ""
+
+    def copy(self) -> dict[tuple[str, str], Row]:
+        """The rows as they stand, for a run that may have to begin again."""
+        return {key: replace(row) for key, row in self.rows.items()}
 
     def op(self, op: Any, route: str, run: Callable[[], Any]) -> Any:
         """Run one op and count it under ``route``, or under the one that ``took`` names meanwhile."""

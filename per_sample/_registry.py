@@ -108,6 +108,13 @@ def is_random(op: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in op.tags
 
 
+def draws(op: OpOverload, values: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of a random op draws: not with a dropout of probability 0, nor outside training."""
+    given = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in op._schema.arguments), values, strict=False)) | kwargs
+    return not (given.get("dropout_p") == 0.0 or given.get("train") is False or given.get("training") is False)
+
+
 def returns_written(op: OpOverload) -> bool:
     """Whether an op returns what it wrote into; others (`rrelu_with_noise`) write into one tensor and return another."""
     returns = op._schema.returns

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from per_sample import _trees as trees
-from per_sample._batched import Batched, Context, is_recorded, wrap, wrap_shared
-from per_sample._caller import Caller, CallerMode, Restart, captured_wrappers, has_derivative_level
-from per_sample._errors import ArgumentError, NotScalarError
+from per_sample._batched import Batched, Context, wrap, wrap_shared
+from per_sample._caller import Restart
+from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
 from per_sample._factors import Dense, Factor
-from per_sample._interpreter import Interpreter
+from per_sample._guards import refuse_escaped
+from per_sample._surroundings import in_context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Arguments
     from per_sample._record import Recorder
-
-T = TypeVar("T")
-
-_TRACING = (
-    torch._C._TorchDispatchModeKey.FAKE,
-    torch._C._TorchDispatchModeKey.PROXY,
-    torch._C._TorchDispatchModeKey.FUNCTIONAL,
-)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,6 +32,7 @@ class Outcome:
     factors: list[Factor]  # one for each differentiated leaf that is a tensor
     values: Tensor  # [n]
     aux: Any  # tensors [n, ...]
+    samples: Sequence[int] | None  # which samples of the caller's batch these are; None: all of them, in order
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,75 +46,50 @@ class Program:
     randomness: str
 
 
-def run(program: Program, arguments: Arguments, leaves: list[Any], n: int, recorder: Recorder | None = None) -> Outcome:
-    """Run the function once for ``n`` samples and differentiate."""
+def run(
+    program: Program,
+    arguments: Arguments,
+    leaves: list[Any],
+    n: int,
+    recorder: Recorder | None = None,
+    samples: Sequence[int] | None = None,
+) -> Outcome:
+    """Run the function once for ``n`` samples and differentiate; ``Split`` where it asks for values on which they do not agree."""
 
     def body(ctx: Context) -> tuple[list[Factor], Any, Any]:
         inputs, targets = _lift(arguments, leaves, ctx, program.keep_batch_dim)
         kwargs = trees.map(lambda x: lift(x, None, ctx) if isinstance(x, Tensor) else x, program.kwargs)
-        out = program.fn(*trees.unflatten(arguments.spec, inputs), **kwargs)
+        out = _call(program.fn, trees.unflatten(arguments.spec, inputs), kwargs)
         loss, aux = split_aux(out, program.has_aux)
         check_scalar(loss, program.keep_batch_dim)
         return differentiate(loss, targets, ctx), loss, aux
 
     tensors = [x for x in trees.flatten((leaves, program.kwargs))[0] if isinstance(x, Tensor)]
-    ctx, (factors, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder)
-    return Outcome(ctx, factors, read_out(loss, ctx), trees.map(lambda x: read_out(x, ctx), aux))
+    ctx, (factors, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder, splits=True)
+    return Outcome(ctx, factors, read_out(loss, ctx), trees.map(lambda x: read_out(x, ctx), aux), samples)
 
 
-def in_context(
-    body: Callable[[Context], T], fn: Any, tensors: list[Tensor], n: int, randomness: str, recorder: Recorder | None = None
-) -> tuple[Context, T]:
-    """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter."""
-    grad_mode = torch.is_grad_enabled()
-    # Where another transform runs around this one, its tensors must not look like this one's.
-    depth = sum(isinstance(mode, Interpreter) for mode in _get_current_dispatch_mode_stack())
-    below_functorch = _functorch.peek_interpreter_stack() is not None
-    differentiates = (
-        torch.autograd.forward_ad._current_level >= 0
-        or (grad_mode and any(is_recorded(t) for t in tensors))
-        or (below_functorch and has_derivative_level())
-    )
-    keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or depth > 0
-    tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
-    restores = random_states(tensors) if randomness != "error" and not tracing else []
-    copies = False
-    while True:
-        ctx = Context(n, randomness, grad_mode=grad_mode, functional=keeps_caller or tracing, recorder=recorder)
-        ctx.simple = recorder is None and not keeps_caller
-        ctx.copies, ctx.depth = copies, depth
-        try:
-            with _inside(ctx, fn, keeps_caller, differentiates):
-                out = body(ctx)
-            if ctx.restart is not None:
-                raise ctx.restart
-        except Restart as restart:
-            if restart.ctx is not ctx:
-                raise
-            copies |= restart.copies
-            if not restart.copies:
-                keeps_caller = differentiates = True
-            for restore in restores:
-                restore()
-            continue
-        finally:
-            ctx.forget()
-        return ctx, out
+# What torch says when its C++ code reads a tensor without memory.
+_NO_MEMORY = ("data is not allocated yet", "Cannot access data pointer", "invalid python storage")
 
 
-@contextmanager
-def _inside(ctx: Context, fn: Any, keeps_caller: bool, differentiates: bool) -> Iterator[None]:
-    """No functorch levels, autograd on, every op seen by the interpreter."""
-    with ExitStack() as context:
-        if keeps_caller:
-            captured = captured_wrappers(fn) if _functorch.peek_interpreter_stack() is not None else set()
-            stack = context.enter_context(temporarily_clear_interpreter_stack())
-            ctx.caller = Caller(stack, ctx.grad_mode, differentiates)
-            context.enter_context(CallerMode(ctx, captured))
-            context.enter_context(torch.inference_mode(False))
-        context.enter_context(torch.enable_grad())
-        context.enter_context(Interpreter(ctx))
-        yield
+def _call(fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    try:
+        return fn(*args, **kwargs)
+    except RuntimeError as err:
+        if any(text in str(err) for text in _NO_MEMORY):
+            raise DataDependentError(
+                "Something inside the function reads the numbers of a per-sample tensor directly: `torch.tensor([...])` of such tensors "
+                f"(use `torch.stack`), `tensor_split` at per-sample places, or C++ code of its own. {err}"
+            ) from err
+        raise
+    except ValueError as err:
+        if "Expected more than 1 value per channel" in str(err):
+            raise BatchNormError(f"Batch normalisation in training mode mixes samples; call `module.eval()`. torch says: {err}") from err
+        raise
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, Batched)
 
 
 def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim: bool) -> tuple[list[Any], list[Tensor]]:
@@ -145,22 +110,28 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
 def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
     """A tensor of the caller's as the program sees it; ``dim`` is its sample axis, None where the samples share it."""
     value = leaf
+    if type(leaf) is Batched and (leaf.ctx.closed or ctx.caller is None):
+        refuse_escaped("An argument of a transform")
+    copied = ctx.copies > (dim is None)
+    if type(leaf) not in _PLAIN and not torch._C._dispatch_keys(leaf).has(torch._C.DispatchKey.Python):
+        # A subclass that does not dispatch adds nothing but behaviour, which was not written for batches.
+        value = leaf.as_subclass(Tensor)
     if ctx.caller is None:
         if leaf.requires_grad:
-            value = leaf.detach()
+            value = value.detach()
         if leaf.is_complex() or leaf.is_neg():
             # Below autograd nobody would resolve a lazy conjugation.
             value = value.resolve_conj().resolve_neg()
         if dim:
             value = value.movedim(dim, 0)
-        if ctx.copies and dim is not None:
+        if copied:
             value = value.clone()
     else:
         value = ctx.caller.enter(value)
-    if ctx.caller is not None and dim is not None and (dim or ctx.copies):
+    if ctx.caller is not None and (dim or copied):
         with ctx.caller(in_dispatch=False):
-            value = value.movedim(dim, 0)
-            if ctx.copies:
+            value = value if dim is None else value.movedim(dim, 0)
+            if copied:
                 value = value.clone()
     ctx.borrow(leaf)
     return wrap_shared(ctx, value) if dim is None else wrap(ctx, value)
@@ -188,6 +159,8 @@ def check_scalar(loss: Any, keep_batch_dim: bool) -> None:
             "batch axis, pass `keep_batch_dim=True`."
         )
         raise NotScalarError(f"`fn` must return a scalar loss for one sample; it returned shape {list(loss.shape)}. {hint}")
+    if loss.layout is not torch.strided:
+        raise NotScalarError(f"`fn` must return a dense loss; it returned one of layout {loss.layout}.")
     if not loss.is_floating_point():
         raise NotScalarError(f"`fn` must return a real floating-point loss; it returned dtype {loss.dtype}.")
 
@@ -196,12 +169,35 @@ def differentiate(loss: Tensor, targets: list[Tensor], ctx: Context) -> list[Fac
     """Every sample's gradient of the loss, a factor for each target."""
     if not targets:
         return []
+    if not all(target.requires_grad and target.is_leaf for target in targets):
+        raise UnsupportedError(
+            "`fn` switched off the gradient of an argument that is differentiated (`requires_grad_(False)`, `detach_()`): use "
+            "`x = x.detach()`."
+        )
     if not loss.requires_grad:
+        ctx.expands = 0
         return [_factor(None, target, ctx) for target in targets]
     ctx.backward = True
     with nullcontext() if ctx.caller is None else ctx.caller.backward_pass():
-        grads = torch.autograd.grad(loss, targets, allow_unused=True)
+        grads = _accumulated(loss, targets) if ctx.accumulates else _gradients(loss, targets, ctx)
+    # The program is over: what is made from here on is the transform's own.
+    ctx.expands = 0
     return [_factor(grad, target, ctx) for grad, target in zip(grads, targets, strict=True)]
+
+
+def _gradients(loss: Tensor, targets: list[Tensor], ctx: Context) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, targets, allow_unused=True)
+    except RuntimeError as err:
+        if "incompatible with .grad()" in str(err):
+            raise Restart(ctx, accumulates=True) from err
+        raise
+
+
+def _accumulated(loss: Tensor, targets: list[Tensor]) -> list[Tensor | None]:
+    """Reentrant checkpoints differentiate inside the backward pass, and only ``backward`` has room for what they find."""
+    torch.autograd.backward(loss)
+    return [target.grad for target in targets]
 
 
 def _factor(grad: Tensor | None, target: Tensor, ctx: Context) -> Factor:
@@ -224,15 +220,3 @@ def read_out(x: Any, ctx: Context) -> Any:
     else:
         x = x.detach() if not ctx.grad_mode else x
     return x.expand(ctx.n, *x.shape)
-
-
-def random_states(leaves: list[Any]) -> list[Callable[[], None]]:
-    """Functions that set the generators of the leaves' devices back, for a run that has to begin again."""
-    cpu = torch.get_rng_state()
-    restores: list[Callable[[], None]] = [lambda: torch.set_rng_state(cpu)]
-    devices = {x.device for x in leaves if isinstance(x, Tensor)}
-    for device in (d for d in devices if d.type not in ("cpu", "meta")):
-        module = torch.get_device_module(device)
-        state = module.get_rng_state(device)
-        restores.append(functools.partial(module.set_rng_state, state, device))
-    return restores

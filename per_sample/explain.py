@@ -12,6 +12,7 @@ import optree
 from torch import Tensor
 
 from per_sample import _arguments
+from per_sample._packed import opened
 from per_sample._record import Recorder, Row
 from per_sample._run import Program
 from per_sample.transforms import outcomes
@@ -39,6 +40,8 @@ class Explanation:
     factors: dict[str, str]
     seconds: float
     n: int
+    # More than one where samples of different values had to run apart.
+    runs: int = 1
 
     def routes(self) -> dict[str, int]:
         """How many ops took each route."""
@@ -61,7 +64,7 @@ class Explanation:
         lines.insert(1, "  ".join("-" * w for w in widths))
         ops = sum(row.count for row in self.rows)
         held = ", ".join(f"{count} {kind}" for kind, count in Counter(self.factors.values()).items())
-        head = f"{self.n} samples, {ops} ops, {1e3 * self.seconds:.2f} ms; gradients: {held}"
+        head = f"{self.n} samples in {self.runs} run(s), {ops} ops, {1e3 * self.seconds:.2f} ms; gradients: {held}"
         return "\n".join([head, "", *lines, "", *self._notes()])
 
     __repr__ = __str__
@@ -121,16 +124,19 @@ def explain(
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         recorder = Recorder()
+        function, args, kwargs = opened(fn, args, kwargs, argnums)
         arguments = _arguments.read(args, argnums, in_dims)
-        program = Program(fn, kwargs, has_aux, keep_batch_dim, randomness)
+        program = Program(function, kwargs, has_aux, keep_batch_dim, randomness)
         start = time.perf_counter()
-        (outcome,) = outcomes(program, arguments, None, recorder)
-        for factor in outcome.factors:
-            recorder.materialize(factor, outcome.ctx.functional)
+        runs = 0
+        for outcome in outcomes(program, arguments, None, recorder):
+            runs += 1
+            for factor in outcome.factors:
+                recorder.materialize(factor, outcome.ctx.functional)
         seconds = time.perf_counter() - start
         rows = tuple(sorted(recorder.rows.values(), key=lambda row: -row.seconds))
         names = _names(arguments, args)
         factors = {name: type(f).__name__ for name, f in zip(names, outcome.factors, strict=True)}
-        return Explanation(rows, factors, seconds, arguments.n)
+        return Explanation(rows, factors, seconds, arguments.n, runs)
 
     return explained

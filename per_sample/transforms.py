@@ -10,10 +10,13 @@ from torch import Tensor
 
 from per_sample import _arguments, _compile
 from per_sample import _trees as trees
-from per_sample._run import Outcome, Program, random_states, run
+from per_sample._errors import ArgumentError
+from per_sample._packed import opened
+from per_sample._run import Outcome, Program, run
+from per_sample._surroundings import Split, random_states
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from per_sample._arguments import Argnums, Arguments
     from per_sample._record import Recorder
@@ -121,10 +124,12 @@ def per_sample_grad_and_value(
 
 def _grad_and_value(fn: Callable[..., Any], options: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness = options
+    fn, args, kwargs = opened(fn, args, kwargs, argnums)
     program = Program(fn, kwargs, has_aux, keep_batch_dim, randomness)
     arguments = _arguments.read(args, argnums, in_dims)
-    pieces = [_materialized(outcome) for outcome in outcomes(program, arguments, chunk_size)]
-    leaves, values, aux = pieces[0] if len(pieces) == 1 else _concatenated(pieces)
+    # One by one, so that a chunk's factors are gone before the next one runs.
+    pieces = [(_materialized(outcome), outcome.samples) for outcome in outcomes(program, arguments, chunk_size)]
+    leaves, values, aux = pieces[0][0] if len(pieces) == 1 else _joined(pieces)
     if arguments.n == 0:
         leaves, values, aux = trees.map(_emptied, (leaves, values, aux))
     grads = _arguments.as_arguments(leaves, arguments, isinstance(argnums, tuple), args)
@@ -132,12 +137,12 @@ def _grad_and_value(fn: Callable[..., Any], options: tuple[Any, ...], args: tupl
 
 
 def outcomes(program: Program, arguments: Arguments, chunk_size: int | None, recorder: Recorder | None = None) -> Iterator[Outcome]:
-    """One ``Outcome`` for each chunk of samples; an empty batch yields that of one sample of zeros."""
+    """One ``Outcome`` for each chunk of samples, or group that runs apart; an empty batch yields that of one sample of zeros."""
     n = arguments.n
     if n == 0:
-        yield run(program, arguments, _arguments.one_zero_sample(arguments), 1, recorder)
+        yield from _groups(program, arguments, _arguments.one_zero_sample(arguments), 1, None, recorder)
     elif chunk_size is None or chunk_size >= n:
-        yield run(program, arguments, arguments.leaves, n, recorder)
+        yield from _groups(program, arguments, arguments.leaves, n, None, recorder)
     else:
         # As torch.vmap has it: with randomness="same" every chunk draws the same numbers again.
         restores = random_states(arguments.leaves) if program.randomness == "same" else []
@@ -146,20 +151,52 @@ def outcomes(program: Program, arguments: Arguments, chunk_size: int | None, rec
             if start:
                 for restore in restores:
                     restore()
-            yield run(program, arguments, _arguments.chunk(arguments, start, size), size, recorder)
+            chunk = _arguments.chunk(arguments, start, size)
+            yield from _groups(program, arguments, chunk, size, range(start, start + size), recorder)
+
+
+def _groups(
+    program: Program, arguments: Arguments, leaves: list[Any], n: int, samples: Sequence[int] | None, recorder: Recorder | None
+) -> Iterator[Outcome]:
+    """The samples in one run; in several where their values lead different ways."""
+    try:
+        outcome = run(program, arguments, leaves, n, recorder, samples)
+    except Split as split:
+        groups = split.groups
+    else:
+        yield outcome
+        return
+    restores = random_states(leaves) if program.randomness == "same" else []
+    for i, group in enumerate(groups):
+        if i:
+            for restore in restores:
+                restore()
+        part, numbers = _arguments.pick(arguments, leaves, group), group if samples is None else [samples[k] for k in group]
+        yield from _groups(program, arguments, part, len(group), numbers, recorder)
 
 
 def _materialized(outcome: Outcome) -> tuple[list[Tensor], Tensor, Any]:
-    functional = outcome.ctx.functional
-    leaves = [f.materialize(functional=functional) for f in outcome.factors]
-    return leaves, outcome.values, outcome.aux
+    return [f.materialize(functional=outcome.ctx.functional) for f in outcome.factors], outcome.values, outcome.aux
 
 
-def _concatenated(pieces: list[Any]) -> Any:
+def _joined(pieces: list[Any]) -> tuple[list[Tensor], Tensor, Any]:
+    """All samples' gradients, values and auxiliary values, in the caller's order."""
+    samples = [k for _, numbers in pieces for k in numbers]
+    order = None if samples == sorted(samples) else torch.tensor(samples).argsort()
+
     def join(*parts: Any) -> Any:
-        return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+        if not isinstance(parts[0], Tensor):
+            if any(p is not parts[0] and p != parts[0] for p in parts[1:]):
+                raise ArgumentError(f"`aux` has a value that is no tensor and differs between chunks: {parts[0]!r} and {parts[-1]!r}.")
+            return parts[0]
+        whole = torch.cat(parts)
+        return whole if order is None else whole[order.to(whole.device)]
 
-    return trees.map(join, *pieces)
+    try:
+        joined: tuple[list[Tensor], Tensor, Any] = trees.map(join, *(piece for piece, _ in pieces))
+    except ValueError as err:
+        raise ArgumentError(f"`aux` must have the same structure in every chunk of samples: {err}") from err
+    return joined
 
 
 def _emptied(x: Any) -> Any:

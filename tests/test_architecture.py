@@ -13,18 +13,19 @@ MAX_LINES = 320
 # From the bottom up: a module imports from lower layers only, and from its own layer where that makes no cycle. A
 # package stands for all its modules. Imports under TYPE_CHECKING do not count: they do not happen.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_errors", "_keys", "_options", "_trees", "_torch_trees"),
+    ("_errors", "_conversions", "_keys", "_options", "_out", "_packed", "_trees", "_torch_trees"),
     ("_kernels",),
     ("_factors", "_conv_arguments"),
     ("_batched", "_record"),
-    ("_registry", "_fallback", "_caller", "_pointwise", "_shapes", "_arguments"),
-    ("_combinators", "_guards"),
+    ("_registry", "_values", "_fallback", "_fresh", "_caller", "_pointwise", "_shapes", "_arguments"),
+    ("_combinators", "_control", "_functions", "_guards"),
     ("_entries",),
     ("_interpreter",),
-    ("rules", "_run"),
+    ("rules", "_surroundings"),
+    ("_run",),
     ("_compile", "grad", "reference"),
     ("transforms",),
-    ("explain", "testing"),
+    ("expanded_weights", "explain", "testing"),
     ("__init__",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -215,15 +215,29 @@ def test_writing_a_per_sample_value_into_a_shared_value_of_the_functions_own():
 
 
 @pytest.mark.parametrize("look", [lambda h: h.view(-1), lambda h: h.detach(), lambda h: h[0], lambda h: h.t(), lambda h: h.expand(2, 3)])
-def test_a_shared_value_with_views_is_not_split(look):
+@pytest.mark.parametrize("make", [lambda p: torch.ones(1, 2, dtype=D) @ p["w"], lambda p: p["w"][:1] * 2])
+def test_a_write_into_a_shared_value_shows_in_its_views(look, make):
     def fn(p, x):
-        h = torch.ones(1, 2, dtype=D) @ p["w"]
+        h = make(p)
         v = look(h)
         h.add_(x)
-        return v.sum() + h.sum()
+        return v.square().sum() + h.sum()
 
-    with pytest.raises(SharedWriteError):
-        per_sample_grad(fn)(P, X)
+    assert_close(per_sample_grad(fn)(P, X), loop(fn, (0,), (None, 0))(P, X)[0])
+
+
+def test_writing_per_sample_values_into_fresh_tensors():
+    def fn(p, x):
+        out = torch.zeros(2, 3, dtype=D)
+        for i in range(2):
+            out[i] = p["w"][i] * x
+        total = torch.tensor(0.0, dtype=D)
+        total += out.square().sum()
+        counts = torch.zeros(3, dtype=torch.int64)
+        counts[(x > 0).long()] += 1
+        return total + (counts * p["w"]).sum()
+
+    assert_close(per_sample_grad(fn)(P, X), loop(fn, (0,), (None, 0))(P, X)[0])
 
 
 def test_inputs_and_grad_fields_are_untouched():

@@ -26,9 +26,9 @@ aten = torch.ops.aten
 
 def _refuse() -> NoReturn:
     raise BatchNormError(
-        "Batch normalisation in training mode takes its statistics from the batch and updates the running ones, so it "
-        "mixes samples and no sample has a gradient of its own. Call `.eval()` on the module, or use "
-        "`torch.nn.GroupNorm` (or `track_running_stats=False`, which normalises each sample by itself)."
+        "Batch normalisation in training mode (or instance normalisation with running statistics) takes its statistics from the batch "
+        "and updates the running ones, so it mixes samples and no sample has a gradient of its own. Call `.eval()` on the module, or "
+        "use `torch.nn.GroupNorm` (or `track_running_stats=False`, which normalises each sample by itself)."
     )
 
 
@@ -60,7 +60,7 @@ def _out_of_channels(x: Tensor, n: int) -> Tensor:
 
 
 def _per_channel(x: Any, n: int) -> Tensor | None:
-    return None if x is None else physical(x, n).reshape(-1)
+    return None if x is None else physical(x, n).reshape(-1).contiguous()
 
 
 def _own_statistics(x: Tensor, weight: Any, bias: Any, momentum: float, eps: float, n: int) -> Any:
@@ -177,8 +177,8 @@ def _backward(
         _per_channel(weight, n),
         None,
         None,
-        physical(save_mean, n).reshape(-1),
-        physical(save_invstd, n).reshape(-1),
+        _per_channel(save_mean, n),
+        _per_channel(save_invstd, n),
         True,
         eps,
         mask,

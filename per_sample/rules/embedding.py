@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from per_sample._batched import Batched, physical, samples
+from per_sample._batched import Batched, context_of, physical, samples
 from per_sample._factors import Rows
 from per_sample._registry import rule
 
@@ -16,7 +16,12 @@ aten = torch.ops.aten
 
 @rule(aten.embedding.default)
 def embedding(weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False) -> Any:
-    """``padding_idx`` and the flags after it matter to the gradient alone."""
+    """``padding_idx`` and the flags after it matter to the gradient alone: also to the caller's, where it differentiates."""
+    ctx = context_of(weight, indices)
+    if ctx.functional and (scale_grad_by_freq or (type(weight) is Batched and padding_idx >= 0)):
+        # Folded, or as a `gather`, the caller's gradient would count other samples' frequencies, or lose the padding.
+        pairs = zip(physical(weight, ctx.n), physical(indices, ctx.n), strict=True)
+        return torch.stack([torch.embedding(w, i, padding_idx, scale_grad_by_freq) for w, i in pairs])
     if type(weight) is not Batched:
         return torch.embedding(weight, indices.physical, padding_idx, scale_grad_by_freq, sparse)
     n = weight.n

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from per_sample._batched import Batched, physical, samples
+from per_sample._batched import Batched, physical, samples, wrap
 from per_sample._combinators import at_rank, axis, dims, table
 from per_sample._registry import rule
+from per_sample._values import nonzero
 
 aten = torch.ops.aten
 
@@ -134,13 +135,25 @@ def _has_mask(indices: Any) -> bool:
     return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
+def _positions(indices: Any) -> list[Any]:
+    """The indices with each mask replaced by the positions that it selects, of which all samples must have equally many."""
+    out: list[Any] = []
+    for x in indices:
+        if x is None or x.dtype not in (torch.bool, torch.uint8):
+            out.append(x)
+        elif type(x) is Batched:
+            out += [wrap(x.ctx, column) for column in nonzero(x, "Indexing with a mask").unbind(-1)]
+        else:
+            out += x.nonzero(as_tuple=True)
+    return out
+
+
 @rule(aten.index.Tensor)
 def index(self: Any, indices: Any) -> Any:
-    """Masks that differ between samples have results of unequal sizes: the fallback refuses them."""
     if _has_mask(indices):
-        if any(type(x) is Batched for x in indices) or sum(x is not None for x in indices) > 1:
-            return NotImplemented
-        return aten.index(self.physical, [None, *indices])
+        if type(self) is Batched and len(indices) == 1 and type(indices[0]) is not Batched:
+            return aten.index(self.physical, [None, *indices])
+        indices = _positions(indices)
     n = samples(self, indices)
     where, source, destination = _layout(self, indices, n)
     out = aten.index(self.physical if type(self) is Batched else self, where)
@@ -150,7 +163,10 @@ def index(self: Any, indices: Any) -> Any:
 @rule(aten.index_put.default)
 def index_put(self: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     if _has_mask(indices):
-        return _put_where(self, indices, values, accumulate)
+        filled = _put_where(self, indices, values, accumulate)
+        if filled is not NotImplemented:
+            return filled
+        indices = _positions(indices)
     where, put = _to_put(self, indices, values)
     return aten.index_put(physical(self, samples(self, indices, values)), where, put, accumulate)
 
@@ -159,7 +175,9 @@ def index_put(self: Any, indices: Any, values: Any, accumulate: bool = False) ->
 def index_put_(self: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     if _has_mask(indices):
         filled = _put_where(self, indices, values, accumulate)
-        return filled if filled is NotImplemented else self.physical.copy_(filled)
+        if filled is not NotImplemented:
+            return self.physical.copy_(filled)
+        indices = _positions(indices)
     where, put = _to_put(self, indices, values)
     return aten.index_put_(self.physical, where, put, accumulate)
 

@@ -27,6 +27,10 @@ def _matrix_product(a: Any, b: Any) -> Tensor:
         value = a.physical
         n, o, t = value.shape
         return (value.reshape(n * o, t) @ b).view(n, o, b.shape[1])
+    if type(a) is not Batched and a.layout is not torch.strided:
+        # A sparse matrix meets the samples side by side.
+        value = b.physical.movedim(0, 1)
+        return (a @ value.reshape(value.shape[0], -1)).view(a.shape[0], *value.shape[1:]).movedim(1, 0)
     if type(a) is not Batched:
         return torch.matmul(a, b.physical)
     return torch.bmm(a.physical, b.physical)

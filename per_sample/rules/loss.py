@@ -58,10 +58,10 @@ def _loss_backward(op: OpOverload) -> Callable[..., Any]:
         grad, *rest = args[:at]
         tensors, shape = _lined_up(rest)
         n = samples(*args)
-        g = physical(grad, n)
-        if reduction != _NONE:
-            g = g / shape.numel() if reduction == _MEAN else g
-            g = g.view(n, *(1,) * len(shape))
+        # One number for each sample, or, in forward mode, one for each element even of a loss that is reduced.
+        g = at_rank(grad, len(shape))
+        if reduction == _MEAN:
+            g = g / shape.numel()
         values = [v if v is None else v.expand(n, *shape) for v in (g, *tensors)]
         return op(*values, *[None] * (at - len(values)), _NONE, *args[at + 1 :], **kwargs)
 

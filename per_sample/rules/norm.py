@@ -1,4 +1,4 @@
-"""Layer, RMS and group norm.
+"""Layer, RMS, group and weight norm.
 
 Where the result may be differentiated once more (``functional``) the backward is written out in differentiable ops; the
 statistics are then recomputed from the input, because torch hands them on without their derivative.
@@ -85,7 +85,9 @@ def native_layer_norm_backward(
             own = None if type(weight) is Batched else weight
             h = g * at_rank(weight, input.dim()) if type(weight) is Batched else g
             mask = (True, False, False)
-            grad_input, _, _ = aten.native_layer_norm_backward(h, x, normalized_shape, mean, rstd, own, None, mask)
+            # The kernel reads the statistics by pointer: those of a shared input are expanded, which it does not see.
+            stats = (mean.contiguous(), rstd.contiguous())
+            grad_input, _, _ = aten.native_layer_norm_backward(h, x, normalized_shape, *stats, own, None, mask)
     if output_mask[1]:
         grad_weight = _scaled_sum(x - mean, g, rstd, normalized_shape, ctx.functional).to(weight.dtype)
     if output_mask[2]:
@@ -142,12 +144,21 @@ def native_group_norm(input: Any, weight: Any, bias: Any, N: int, C: int, HxW: i
     x = physical(input, n)
     own = type(weight) is Batched or type(bias) is Batched
     w, b = (None, None) if own else (weight, bias)
-    out, mean, rstd = aten.native_group_norm(x.flatten(0, 1), w, b, n * N, C, HxW, group, eps)
+    out, mean, rstd = aten.native_group_norm(_dense(x.flatten(0, 1)), w, b, n * N, C, HxW, group, eps)
     out = out.view(x.shape)
     if own:
         channels = (1, C, *(1,) * (input.dim() - 2))
         out = affine_channels(out, weight, bias, channels)
     return out, mean.view(n, N, group), rstd.view(n, N, group)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The kernels of group norm read memory in order, as none of an expanded or sliced batch lies."""
+    order = _CHANNELS_LAST.get(x.dim())
+    return x if order is not None and x.is_contiguous(memory_format=order) else x.contiguous()
 
 
 def affine_channels(out: Tensor, weight: Any, bias: Any, channels: tuple[int, ...]) -> Tensor:
@@ -179,11 +190,11 @@ def native_group_norm_backward(
     rows = n * N
     scale = None if weight is None else physical(weight, n).unsqueeze(1).expand(n, N, C).reshape(rows * C)
     grad_input, grad_weight, grad_bias = aten.native_group_norm_backward(
-        g.reshape(1, rows * C, HxW),
-        x.reshape(1, rows * C, HxW),
-        physical(mean, n).reshape(1, rows * group),
-        physical(rstd, n).reshape(1, rows * group),
-        scale,
+        g.reshape(1, rows * C, HxW).contiguous(),
+        x.reshape(1, rows * C, HxW).contiguous(),
+        physical(mean, n).reshape(1, rows * group).contiguous(),
+        physical(rstd, n).reshape(1, rows * group).contiguous(),
+        None if scale is None else scale.contiguous(),
         1,
         rows * C,
         HxW,
@@ -215,3 +226,30 @@ def _group_norm_backward(g: Tensor, x: Tensor, rstd: Tensor, weight: Any, sizes:
     if output_mask[2]:
         grad_bias = gs.sum([1, 4]).reshape(n, C)
     return grad_input, grad_weight, grad_bias
+
+
+@rule(aten._weight_norm_interface.default)
+def weight_norm_interface(v: Any, g: Any, dim: int = 0) -> Any:
+    n = samples(v, g)
+    direction = physical(v, n)
+    norms = _norms(direction, dim)
+    return direction * (physical(g, n) / norms), norms
+
+
+def _others(x: Tensor, dim: int) -> list[int]:
+    """All axes of one sample but ``dim``."""
+    return [i for i in range(1, x.dim()) if i != dim + 1]
+
+
+def _norms(v: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(v, 2, _others(v, dim), keepdim=True)
+
+
+@rule(aten._weight_norm_interface_backward.default)
+def weight_norm_interface_backward(grad_w: Any, saved_v: Any, saved_g: Any, saved_norms: Any, dim: int) -> Any:
+    n = samples(grad_w, saved_v, saved_g, saved_norms)
+    grad, v, g = physical(grad_w, n), physical(saved_v, n), physical(saved_g, n)
+    functional = context(grad_w, saved_v, saved_g, saved_norms).functional
+    norms = _norms(v, dim) if functional else physical(saved_norms, n)
+    grad_g = (grad * v).sum(_others(v, dim), keepdim=True) / norms
+    return (grad - v * (grad_g / norms)) * (g / norms), grad_g

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from per_sample import _factors
-from per_sample._batched import Batched
+from per_sample._batched import Batched, context_of, physical
 from per_sample._combinators import at_rank, is_inexact, pointwise_table
 from per_sample._factors import Outer
+from per_sample._guards import refuse_random
 from per_sample._pointwise import pointwise
 from per_sample._registry import rule
 
@@ -199,7 +200,8 @@ def log_sigmoid_forward(self: Any) -> Any:
 
 @rule(aten.log_sigmoid_backward.default)
 def log_sigmoid_backward(grad_output: Any, self: Any, buffer: Any) -> Any:
-    values = [at_rank(a, self.dim()) for a in (grad_output, self, buffer)]
+    ndim = max(grad_output.dim(), self.dim())
+    values = [at_rank(a, ndim) for a in (grad_output, self, buffer)]
     if buffer.shape != self.shape:
         values[2] = buffer.physical[0]
     return aten.log_sigmoid_backward(*values)
@@ -235,7 +237,24 @@ def _functional(*args: Any) -> bool:
 
 @rule(aten.rrelu_with_noise.default)
 def rrelu_with_noise(self: Any, noise: Any, lower: Any = 0.125, upper: Any = 1 / 3, training: bool = False, generator: Any = None) -> Any:
-    """Without training there is no noise; with it, a random op is none of a rule's business."""
-    if training:
-        return NotImplemented
-    return torch.nn.functional.leaky_relu(self.physical, (lower + upper) / 2)
+    """Slopes are drawn for each element alone, in training; otherwise there is no noise."""
+    op = aten.rrelu_with_noise.default
+    if not training:
+        return op(self.physical, torch.empty_like(self.physical), lower, upper)
+    ctx = context_of(self, noise)
+    if ctx.randomness == "error":
+        refuse_random(op)
+    x, drawn = physical(self, ctx.n), torch.empty_like(noise.physical, memory_format=torch.contiguous_format)
+    if ctx.randomness == "same":
+        # Slopes are drawn where the input is negative: for one sample, everywhere.
+        op(torch.full_like(drawn[0], -1.0), drawn[0], lower, upper, True, generator)
+        drawn = torch.where(x <= 0, drawn[0], 1)
+    else:
+        op(x.contiguous(), drawn, lower, upper, True, generator)
+    noise.physical.copy_(drawn)
+    return x * drawn
+
+
+@rule(aten.rrelu_with_noise_.default)
+def rrelu_with_noise_(self: Any, noise: Any, lower: Any = 0.125, upper: Any = 1 / 3, training: bool = False, generator: Any = None) -> Any:
+    return self.physical.copy_(rrelu_with_noise(self, noise, lower, upper, training, generator))

@@ -141,3 +141,11 @@ def dist(self: Any, other: Any, p: float = 2) -> Any:
         return NotImplemented
     difference = a - b
     return torch.linalg.vector_norm(difference.reshape(difference.shape[0], -1), p, dim=1)
+
+
+@rule(aten.renorm.default)
+def renorm(self: Any, p: Any, dim: int, maxnorm: Any) -> Any:
+    """Slices along one axis are scaled each by itself, so the samples' slices come one behind the other."""
+    at = axis(dim, self.dim())
+    slices = self.physical.movedim(at, 1)
+    return torch.renorm(slices.flatten(0, 1), p, 0, maxnorm).view(slices.shape).movedim(1, at)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from per_sample._batched import Batched, physical, samples
+from per_sample._batched import Batched, physical, samples, wrap_factor
 from per_sample._combinators import as_is, axes, axis, dims, table
+from per_sample._errors import UnsupportedError
 from per_sample._factors import Factor, Outer, Sum, View
 from per_sample._registry import rule
 
@@ -93,14 +94,10 @@ def view(self: Any, size: Any) -> Any:
 
 @rule(aten._unsafe_view.default)
 def unsafe_view(self: Any, size: Any) -> Any:
+    """Nobody looks at the argument again, so writes into the result need not show in it: no view of the argument's."""
     if self.factor is not None and math.prod(self.shape):
-        return reshape_factor(self.factor, size)
+        return wrap_factor(self.ctx, reshape_factor(self.factor, size))
     return self.physical.reshape(self.n, *size)
-
-
-@rule(aten.view_copy.default)
-def view_copy(self: Any, size: Any) -> Any:
-    return self.physical.reshape(self.n, *size).clone()
 
 
 @rule(aten._reshape_alias.default)
@@ -161,12 +158,27 @@ def alias(self: Any) -> Any:
 def as_strided(self: Any, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
     """Each sample strided by itself, where it lies in one piece and is not left; else the fallback decides."""
     value = self.physical
-    start = 0 if storage_offset is None else storage_offset - self.storage_offset()
+    where = _strided(self, value, size, stride, storage_offset)
+    return NotImplemented if where is None else value.as_strided(*where)
+
+
+@rule(aten.as_strided_scatter.default)
+def as_strided_scatter(self: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
+    n = samples(self, src)
+    value = physical(self, n).contiguous()
+    where = _strided(self, value, size, stride, storage_offset) if self.is_contiguous() else None
+    if where is None:
+        raise UnsupportedError("`as_strided_scatter` of a per-sample tensor that is not contiguous; use `slice_scatter` or `index_put`.")
+    return torch.as_strided_scatter(value, physical(src, n), *where)
+
+
+def _strided(x: Any, value: torch.Tensor, size: Any, stride: Any, storage_offset: int | None) -> tuple[Any, Any, int] | None:
+    """Size, strides and offset in the contiguous ``value [n, *shape]``; None where a sample's would leave it."""
+    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
     last = start + sum((s - 1) * step for s, step in zip(size, stride, strict=True))
-    if not value.is_contiguous() or not 0 <= start <= last < math.prod(self.shape) or 0 in size:
-        return NotImplemented
-    offset = value.storage_offset() + start
-    return value.as_strided((self.n, *size), (math.prod(self.shape), *stride), offset)
+    if not value.is_contiguous() or not 0 <= start <= last < math.prod(x.shape) or 0 in size:
+        return None
+    return (value.shape[0], *size), (math.prod(x.shape), *stride), value.storage_offset() + start
 
 
 @rule(aten.expand.default)
@@ -250,8 +262,6 @@ def repeat(self: Any, repeats: Any) -> Any:
 
 @rule(aten.roll.default)
 def roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
-    if self.dim() == 0:
-        return NotImplemented
     if dims:
         return torch.roll(self.physical, shifts, axes(dims, self.dim()))
     return torch.roll(self.physical.reshape(self.n, -1), shifts, 1).reshape(self.n, *self.shape)

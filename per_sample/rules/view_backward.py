@@ -34,10 +34,10 @@ def diagonal_backward(grad_output: Any, input_sizes: Any, offset: int, dim1: int
 
 @rule(aten.unfold_backward.default)
 def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: int) -> Any:
+    n = samples(grad_in)
     if not input_sizes:
-        return NotImplemented
-    sizes = [samples(grad_in), *input_sizes]
-    return aten.unfold_backward(grad_in.physical, sizes, axis(dim, len(input_sizes)), size, step)
+        return grad_in.physical.reshape(n, -1).sum(1)  # at most one element
+    return aten.unfold_backward(grad_in.physical, [n, *input_sizes], axis(dim, len(input_sizes)), size, step)
 
 
 @rule(aten.clone.default)

@@ -1,0 +1,135 @@
+"""Where a function runs: a context whose ops all come to the interpreter, and the reasons to begin again."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+from per_sample._batched import Context, is_recorded
+from per_sample._caller import Caller, CallerMode, Restart, captured_wrappers, has_derivative_level
+from per_sample._functions import FunctionMode
+from per_sample._interpreter import Interpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from per_sample._record import Recorder
+
+T = TypeVar("T")
+
+_TRACING = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+class Split(Exception):
+    """The samples lead different ways: ``groups`` of their numbers have to run apart."""
+
+    def __init__(self, groups: list[list[int]]) -> None:
+        super().__init__()
+        self.groups = groups
+
+
+def in_context(
+    body: Callable[[Context], T],
+    fn: Any,
+    tensors: list[Tensor],
+    n: int,
+    randomness: str,
+    recorder: Recorder | None = None,
+    *,
+    splits: bool = False,
+) -> tuple[Context, T]:
+    """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter."""
+    grad_mode = torch.is_grad_enabled()
+    # Where another transform runs around this one, its tensors must not look like this one's.
+    depth = sum(isinstance(mode, Interpreter) for mode in _get_current_dispatch_mode_stack())
+    below_functorch = _functorch.peek_interpreter_stack() is not None
+    differentiates = (
+        torch.autograd.forward_ad._current_level >= 0
+        or (grad_mode and any(is_recorded(t) for t in tensors))
+        or (below_functorch and has_derivative_level())
+    )
+    keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or depth > 0
+    tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
+    restores = random_states(tensors) if randomness != "error" and not tracing else []
+    copies = expands = 0
+    functions = accumulates = False
+    recorded = recorder.copy() if recorder is not None else {}
+    while True:
+        ctx = Context(n, randomness, grad_mode=grad_mode, functional=keeps_caller or tracing, recorder=recorder)
+        ctx.simple = recorder is None and not keeps_caller
+        ctx.copies, ctx.expands, ctx.functions = copies, expands, functions
+        ctx.depth, ctx.splits, ctx.accumulates = depth, splits, accumulates
+        try:
+            with _inside(ctx, fn, keeps_caller, differentiates):
+                out = body(ctx)
+            if ctx.restart is not None:
+                raise ctx.restart
+        except Restart as restart:
+            if restart.ctx is not ctx:
+                raise
+            for restore in restores:
+                restore()
+            if recorder is not None:
+                recorder.rows = recorded
+                recorded = recorder.copy()
+            if restart.groups is not None:
+                raise Split(restart.groups) from None
+            copies = max(copies, restart.copies)
+            expands = max(expands, restart.expands)
+            functions |= restart.functions
+            accumulates |= restart.accumulates
+            if not (restart.copies or restart.expands or restart.functions or restart.accumulates):
+                keeps_caller = differentiates = True
+            continue
+        finally:
+            ctx.forget()
+        return ctx, out
+
+
+@contextmanager
+def _inside(ctx: Context, fn: Any, keeps_caller: bool, differentiates: bool) -> Iterator[None]:
+    """No functorch levels, autograd on, every op seen by the interpreter."""
+    with ExitStack() as context:
+        if keeps_caller:
+            captured = captured_wrappers(fn) if _functorch.peek_interpreter_stack() is not None else set()
+            stack = context.enter_context(temporarily_clear_interpreter_stack())
+            ctx.caller = Caller(stack, ctx.grad_mode, differentiates)
+            context.enter_context(CallerMode(ctx, captured))
+            context.enter_context(torch.inference_mode(False))
+        if ctx.functions:
+            context.enter_context(FunctionMode(ctx))
+        context.enter_context(torch.enable_grad())
+        interpreter = Interpreter(ctx)
+        context.enter_context(interpreter)
+        try:
+            yield
+        finally:
+            # Modes that the function left open must not keep this one on the stack.
+            foreign = []
+            while _get_current_dispatch_mode() not in (interpreter, None):
+                foreign.append(_pop_mode())
+            for mode in foreign:
+                context.callback(_push_mode, mode)
+
+
+def random_states(leaves: list[Any]) -> list[Callable[[], None]]:
+    """Functions that set the generators of the leaves' devices back, for a run that has to begin again."""
+    cpu = torch.get_rng_state()
+    restores: list[Callable[[], None]] = [lambda: torch.set_rng_state(cpu)]
+    devices = {x.device for x in leaves if isinstance(x, Tensor)}
+    for device in (d for d in devices if d.type not in ("cpu", "meta")):
+        module = torch.get_device_module(device)
+        state = module.get_rng_state(device)
+        restores.append(functools.partial(module.set_rng_state, state, device))
+    return restores
