@@ -9,6 +9,7 @@ import torch
 from torch._ops import OpOverload
 
 from per_sample import _fallback, _registry
+from per_sample._out import is_out_form
 from per_sample._pointwise import pointwise
 
 aten = torch.ops.aten
@@ -57,5 +58,8 @@ def resolve(op: OpOverload) -> Entry:
     nested = any("Tensor" in str(a.type) and "List" in str(a.type) for a in arguments)
     views = any(r.alias_info is not None for r in op._schema.returns) or "view" in op._schema.name
     simple = run is not None and not writes and not foreign and op not in EAGER
-    entry = ENTRIES[op] = Entry(run, route, nested, writes, views, random, foreign, simple)
+    entry = Entry(run, route, nested, writes, views, random, foreign, simple)
+    # Ops with `out=` take a way of their own as soon as an argument is per-sample.
+    if not is_out_form(op):
+        ENTRIES[op] = entry
     return entry

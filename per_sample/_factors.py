@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from per_sample._kernels.conv import ConvGeometry, conv_algorithm, conv_weight_grad
@@ -178,10 +179,19 @@ class Sum(Factor):
         return self.terms[0].like
 
     def materialize(self, *, functional: bool = False) -> Tensor:
-        total = self.terms[0].materialize(functional=functional)
-        for term in self.terms[1:]:
+        first, *rest = self._merged()
+        total = first.materialize(functional=functional)
+        for term in rest:
             total = total + term.materialize(functional=functional)
         return total
+
+    def _merged(self) -> list[Factor]:
+        """Outer products as one, with their positions side by side: a recurrent weight has one for each step."""
+        outer = [term for term in self.terms if isinstance(term, Outer)]
+        if len(outer) < 2:
+            return list(self.terms)
+        left, right = torch.cat([o.left for o in outer], -1), torch.cat([o.right for o in outer], -2)
+        return [Outer(left, right), *(term for term in self.terms if not isinstance(term, Outer))]
 
     def scale(self, c: Scalar) -> Factor:
         return Sum(tuple(term.scale(c) for term in self.terms))

@@ -64,7 +64,7 @@ def _width(entry: Any) -> int:
 
 def _position(i: Tensor, size: int) -> Tensor:
     """A number that may count from the end, as an index of one element."""
-    return torch.where(i < 0, i + size, i).reshape(1)
+    return torch.where(i < 0, i.long() + size, i.long()).reshape(1)
 
 
 def _get(x: Tensor, index: Any) -> Tensor:

@@ -52,12 +52,16 @@ def check_outside(ctx: Context, func: Any, args: Any, kwargs: Any) -> None:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         for target in pytree.tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
-            # Counters of calls, such as batch norm's, are let through.
-            if isinstance(target, Tensor) and storage_of(target) not in ctx.born and (target.dim() or target.is_floating_point()):
-                raise SharedWriteError(
-                    f"`{func}` changes a tensor of shape {list(target.shape)} from outside the function in place. The function runs once "
-                    "for all samples, so the result would differ from one run a sample. Pass the tensor as an argument, or work on a copy."
-                )
+            _check_outside(ctx, func, target)
+
+
+def _check_outside(ctx: Context, func: Any, target: Any) -> None:
+    # Counters of calls, such as batch norm's, are let through.
+    if isinstance(target, Tensor) and storage_of(target) not in ctx.born and (target.dim() or target.is_floating_point()):
+        raise SharedWriteError(
+            f"`{func}` changes a tensor of shape {list(target.shape)} from outside the function in place. The function runs once for all "
+            "samples, so the result would differ from one run a sample. Pass the tensor as an argument, or work on a copy."
+        )
 
 
 def refuse_escaped(op: Any) -> NoReturn:
@@ -90,33 +94,42 @@ def check_writes(ctx: Context, func: Any, args: Any, writes: tuple[int, ...], va
     """An in-place op must not put one sample's value where others read, nor change a tensor of the caller's."""
     settle(ctx)
     for i in writes:
-        target = values[i] if i < len(values) else None
-        assert isinstance(target, Tensor)
-        if type(target) is not Batched or target.ctx is not ctx:
-            if any(type(v) is Batched and v.ctx is ctx for v in values):
-                made_inside = ctx.owns(target) if type(args[i]) is Batched else storage_of(target) in ctx.born
-                if made_inside and ctx.expands < 2:
-                    raise Restart(ctx, expands=ctx.expands + 1)
-                raise SharedWriteError(
-                    f"`{func}` writes a per-sample value into a tensor of shape {list(target.shape)} that all samples share. Make the "
-                    "target from a per-sample tensor (`x.new_zeros(...)`, `torch.zeros_like(x)`), or build the result with `torch.stack`."
-                )
-            value = target
-        else:
-            value = target.physical
-        if storage_of(value) in ctx.split:
-            raise UnsupportedError(
-                f"`{func}` writes into a tensor that shares memory with another one in torch, but not here (a gradient with views, or a "
-                "lazy conjugate). Use the form that returns its result, or clone the tensor first."
-            )
-        if not ctx.owns(value):
-            level = 1 if type(target) is Batched else 2
-            if type(args[i]) is Batched and ctx.copies < level:
-                raise Restart(ctx, copies=level)
+        if isinstance(args[i], (list, tuple)):
+            for arg, value in zip(args[i], values[i], strict=True):
+                _check_write(ctx, func, arg, value, values)
+        elif args[i] is not None:
+            _check_write(ctx, func, args[i], values[i], values)
+
+
+def _check_write(ctx: Context, func: Any, arg: Tensor, target: Tensor, values: list[Any]) -> None:
+    own = type(target) is Batched and target.ctx is ctx
+    if not own:
+        lifted = type(arg) is Batched and arg.ctx is ctx
+        made_inside = ctx.owns(target) if lifted else storage_of(target) in ctx.born
+        if any(type(v) is Batched and v.ctx is ctx for v in pytree.tree_leaves(values)):
+            if made_inside and ctx.expands < 2:
+                raise Restart(ctx, expands=ctx.expands + 1)
             raise SharedWriteError(
-                f"`{func}` would change an argument of the transform in place (shape {list(target.shape)}); inputs are never modified. "
-                "Write into a copy: `x = x.clone()` first."
+                f"`{func}` writes a per-sample value into a tensor of shape {list(target.shape)} that all samples share. Make the "
+                "target from a per-sample tensor (`x.new_zeros(...)`, `torch.zeros_like(x)`), or build the result with `torch.stack`."
             )
+        if not lifted:
+            _check_outside(ctx, func, target)
+            return
+    value = target.physical if type(target) is Batched and own else target
+    if storage_of(value) in ctx.split:
+        raise UnsupportedError(
+            f"`{func}` writes into a tensor that shares memory with another one in torch, but not here (a gradient with views, or a "
+            "lazy conjugate). Use the form that returns its result, or clone the tensor first."
+        )
+    if not ctx.owns(value):
+        level = 1 if own else 2
+        if ctx.copies < level:
+            raise Restart(ctx, copies=level)
+        raise SharedWriteError(
+            f"`{func}` would change an argument of the transform, or a tensor from outside, in place (shape {list(target.shape)}); inputs "
+            "are never modified. Write into a copy: `x = x.clone()` first."
+        )
 
 
 def check_shared_draw(func: Any, writes: tuple[int, ...]) -> None:
@@ -126,6 +139,12 @@ def check_shared_draw(func: Any, writes: tuple[int, ...]) -> None:
             f"`{func}` fills a tensor that all samples share, so every sample would get the same numbers. Make the tensor from a "
             "per-sample one (`torch.empty_like(x)`, `x.new_empty(...)`), or pass randomness='same'."
         )
+
+
+def check_layout(func: Any, out: Tensor) -> None:
+    """A wrapper shows strided memory, and must hold nothing else."""
+    if out.layout is not torch.strided:
+        raise UnsupportedError(f"`{func}` gives a tensor of layout {out.layout}, which has no per-sample form here; use the dense form.")
 
 
 def refuse_shape(func: Any, rule: Any, out: Tensor, n: int) -> NoReturn:

@@ -48,6 +48,10 @@ class Interpreter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.ctx.complex:
             see_conjugates()
+        if torch.is_inference_mode_enabled():
+            # A wrapper made in inference mode cannot become a view of one made outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                return dispatch(self.ctx, func, args, kwargs or {})
         return dispatch(self.ctx, func, args, kwargs or {})
 
 
@@ -263,6 +267,8 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
     if ctx.expands:
         out = own_copies(ctx, entry, func, out)
     if isinstance(out, Tensor):
+        if not any(isinstance(v, Tensor) and v.layout is out.layout for v in values):
+            _guards.check_layout(func, out)
         return _shared(ctx, out)
     if func is aten._pack_padded_sequence.default:
         # Recurrent layers read the batch sizes by pointer.
@@ -304,6 +310,7 @@ def _rewrap(ctx: Context, entry: Entry, func: Any, out: Any, parent: Any) -> Any
     if isinstance(out, Tensor):
         if isinstance(out, Batched) and out.ctx is ctx:
             return out
+        _guards.check_layout(func, out)
         if out.dim() == 0 or out.shape[0] != ctx.n:
             _guards.refuse_shape(func, entry.run, out, ctx.n)
         return wrap(ctx, out)

@@ -43,7 +43,8 @@ def options(*, conv_algorithm: str | None = None, scratch_bytes: int | None = No
         conv_algorithm: the algorithm for every convolution weight gradient, instead of the choice by shape.
         scratch_bytes: how much memory a kernel may use beyond its result.
         split_batch: where the function asks for the Python value of a per-sample tensor (a branch, `.item()`, `nonzero`), run the samples
-            in groups that have the same value, each group on its own, instead of raising `DataDependentError`.
+            in groups that have the same value, each group on its own, instead of raising `DataDependentError`. The groups draw their
+            random numbers one after the other, so that which numbers a sample gets depends on the others' groups.
 
     Returns:
         A context manager that yields the options in force.

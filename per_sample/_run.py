@@ -100,6 +100,9 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
         if not isinstance(leaf, Tensor):
             inputs.append(leaf)
             continue
+        if dim is None and not diff and leaf.layout is not torch.strided:
+            inputs.append(leaf)
+            continue
         lifted = lift(leaf, dim, ctx)
         if diff:
             targets.append(lifted.requires_grad_())

@@ -110,17 +110,16 @@ def _inside(ctx: Context, fn: Any, keeps_caller: bool, differentiates: bool) -> 
         if ctx.functions:
             context.enter_context(FunctionMode(ctx))
         context.enter_context(torch.enable_grad())
+        # Modes that the function left open must not keep this one on the stack.
+        foreign: list[Any] = []
+        context.callback(lambda: [_push_mode(mode) for mode in reversed(foreign)])  # type: ignore[func-returns-value]
         interpreter = Interpreter(ctx)
         context.enter_context(interpreter)
         try:
             yield
         finally:
-            # Modes that the function left open must not keep this one on the stack.
-            foreign = []
             while _get_current_dispatch_mode() not in (interpreter, None):
                 foreign.append(_pop_mode())
-            for mode in foreign:
-                context.callback(_push_mode, mode)
 
 
 def random_states(leaves: list[Any]) -> list[Callable[[], None]]:

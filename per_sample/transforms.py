@@ -176,7 +176,23 @@ def _groups(
 
 
 def _materialized(outcome: Outcome) -> tuple[list[Tensor], Tensor, Any]:
-    return [f.materialize(functional=outcome.ctx.functional) for f in outcome.factors], outcome.values, outcome.aux
+    functional = outcome.ctx.functional
+    leaves = [f.materialize(functional=functional) for f in outcome.factors]
+    if not functional:
+        _separate(leaves)
+    return leaves, outcome.values, outcome.aux
+
+
+def _separate(leaves: list[Tensor]) -> None:
+    """Equal gradients, such as those of an LSTM's two biases, in memory of their own: the caller may scale them in place."""
+    seen: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        # Other types of tensors (fake ones) have no address.
+        place = leaf.data_ptr() if type(leaf) is Tensor else 0
+        if place in seen:
+            leaves[i] = leaf.clone()
+        elif place:
+            seen.add(place)
 
 
 def _joined(pieces: list[Any]) -> tuple[list[Tensor], Tensor, Any]:

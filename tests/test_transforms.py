@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from per_sample import SharedWriteError, per_sample_grad, per_sample_grad_and_value, reference
+from per_sample import per_sample_grad, per_sample_grad_and_value, reference
 from per_sample._batched import Batched
 from tree_oracle import assert_close, loop
 

@@ -12,6 +12,7 @@ from per_sample.rules import (  # noqa: F401
     data,
     embedding,
     embedding_bag,
+    experts,
     factory,
     in_place,
     index,
@@ -30,6 +31,7 @@ from per_sample.rules import (  # noqa: F401
     rnn_cells,
     segment,
     take,
+    unique,
     view,
     view_backward,
 )

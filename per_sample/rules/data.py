@@ -34,6 +34,17 @@ def equal(self: Any, other: Any) -> Any:
     return bool(agreed(context_of(self, other), same, "`torch.equal`"))
 
 
+@rule(aten.is_same_size.default)
+def is_same_size(self: Any, other: Any) -> Any:
+    return self.shape == other.shape
+
+
+@rule(aten._has_same_storage_numel.default)
+def has_same_storage_numel(self: Any, other: Any) -> Any:
+    """A wrapper has no storage; forward-mode derivatives ask whether a tangent is laid out as its primal."""
+    return self.numel() == other.numel()
+
+
 @rule(aten.allclose.default)
 def allclose(self: Any, other: Any, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False) -> Any:
     n = samples(self, other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -54,16 +54,3 @@ table(
     aten.put_.default,
     aten.renorm_.default,
 )
-
-
-def _resizes(op: OpOverload) -> Any:
-    """Sizes and memory of a tensor in place: of one sample's, there is no such thing."""
-
-    def run(*args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedError(f"`{op}` changes the memory of a per-sample tensor in place; make a new tensor instead.")
-
-    run.__qualname__ = f"resizes({op})"
-    return run
-
-
-table(_resizes, aten.resize_as_.default, *(getattr(aten.set_, name) for name in aten.set_.overloads()))

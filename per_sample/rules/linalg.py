@@ -47,7 +47,7 @@ _CORES: dict[tuple[int | None, ...], tuple[OpOverload, ...]] = {
 
 
 def _lined_up(tensors: list[Any], cores: list[int], n: int) -> list[Tensor] | None:
-    """``[n, *lead, *core]`` of each tensor, with leading axes that agree; None where a rank is too small."""
+    """``[n, *lead, *core]`` of each tensor, in one piece, with leading axes that agree; None where a rank is too small."""
     if any(x.dim() < core for x, core in zip(tensors, cores, strict=True)):
         return None
     leads = [x.shape[: x.dim() - core] for x, core in zip(tensors, cores, strict=True)]
@@ -55,7 +55,7 @@ def _lined_up(tensors: list[Any], cores: list[int], n: int) -> list[Tensor] | No
     out = []
     for x, core, own in zip(tensors, cores, leads, strict=True):
         value, matrix = physical(x, n), x.shape[x.dim() - core :]
-        out.append(value.reshape(n, *(1,) * (len(lead) - len(own)), *own, *matrix).expand(n, *lead, *matrix))
+        out.append(value.reshape(n, *(1,) * (len(lead) - len(own)), *own, *matrix).expand(n, *lead, *matrix).contiguous())
     return out
 
 
@@ -109,3 +109,22 @@ def pinv(self: Any, *, atol: Any = None, rtol: Any = None, hermitian: bool = Fal
     lead = self.dim() - 2
     least = [x if x is None else physical(x, n).reshape(n, *(1,) * (lead - x.dim()), *x.shape) for x in (atol, rtol)]
     return aten.linalg_pinv(physical(self, n), atol=least[0], rtol=least[1], hermitian=hermitian).resolve_conj()
+
+
+@rule(aten._linalg_check_errors.default)
+def check_errors(info: Any, api_name: str, *, is_matrix: bool) -> None:
+    aten._linalg_check_errors(info.physical, api_name, is_matrix=False)
+
+
+_least_squares = _matrices(aten.linalg_lstsq.default, (2, 2))
+
+
+@rule(aten.linalg_lstsq.default)
+def lstsq(self: Any, b: Any, rcond: Any = None, *, driver: Any = None) -> Any:
+    """Some drivers give residuals only where all matrices have full rank, which is then for each sample to say."""
+    if b.dim() < 2 or b.shape == self.shape[:-1]:
+        return NotImplemented
+    found = _least_squares(self, b, rcond, driver=driver)
+    if found[1].shape[1:] == (0,) and driver in ("gelsd", "gelss") and self.shape[-2] > self.shape[-1]:
+        return NotImplemented
+    return found

@@ -121,11 +121,12 @@ for _core, _ops in _FOLDED.items():
 
 
 def _fractional(op: OpOverload, core: int) -> Any:
-    """The random numbers have a batch axis even where the images have none."""
+    """The random numbers have a batch axis even where the images have none; rows beyond the images' are not read."""
 
     def run(self: Any, kernel_size: Any, output_size: Any, random_samples: Any) -> Any:
         n = samples(self, random_samples)
-        images, numbers = physical(self, n), physical(random_samples, n).flatten(0, 1).contiguous()
+        rows = 1 if self.dim() == core else self.shape[0]
+        images, numbers = physical(self, n), physical(random_samples, n)[:, :rows].flatten(0, 1).contiguous()
         if self.dim() == core:
             return op(images, kernel_size, output_size, numbers)
         found = op(images.flatten(0, 1), kernel_size, output_size, numbers)

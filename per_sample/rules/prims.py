@@ -8,9 +8,12 @@ import torch
 import torch._prims
 from torch import Tensor
 
-from per_sample._combinators import at_rank, table
+from per_sample._batched import context_of
+from per_sample._combinators import at_rank, is_inexact, table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch._ops import OpOverload
 
 _NAMES = """
@@ -22,9 +25,13 @@ _NAMES = """
     where convert_element_type
 """
 
+_NAMESAKES: dict[str, Callable[..., Any]] = {"convert_element_type": torch.Tensor.to, "erf_inv": torch.erfinv}
+
 
 def _elementwise(op: OpOverload) -> Any:
-    """Unlike `aten`, these ops want tensors of one shape."""
+    """Unlike `aten`, these ops want tensors of one shape, and have no derivatives: a caller's are those of their namesakes."""
+    name = op._schema.name.removeprefix("prims::")
+    namesake: Callable[..., Any] = _NAMESAKES.get(name, getattr(torch, name, op))
 
     def run(*args: Any) -> Any:
         places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
@@ -33,7 +40,8 @@ def _elementwise(op: OpOverload) -> Any:
         values = torch.broadcast_tensors(*(at_rank(args[i], ndim) for i in places))
         for i, value in zip(places, values, strict=True):
             filled[i] = value
-        return op(*filled)
+        differentiable = context_of(*args).functional and is_inexact(values[-1])
+        return namesake(*filled) if differentiable else op(*filled)
 
     run.__qualname__ = f"elementwise({op})"
     return run

@@ -35,7 +35,6 @@ table(
 table(
     as_is,
     aten.view_as_real.default,
-    aten.view_as_complex.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
 )
@@ -159,7 +158,21 @@ def as_strided(self: Any, size: Any, stride: Any, storage_offset: int | None = N
     """Each sample strided by itself, where it lies in one piece and is not left; else the fallback decides."""
     value = self.physical
     where = _strided(self, value, size, stride, storage_offset)
+    if where is None and not _stays_inside(self, size, stride, storage_offset):
+        raise UnsupportedError("`as_strided` with these strides would read other samples' memory; call `.contiguous()` first.")
     return NotImplemented if where is None else value.as_strided(*where)
+
+
+def _stays_inside(x: Any, size: Any, stride: Any, storage_offset: int | None) -> bool:
+    """Whether all that is asked for are elements of one sample, whose strides need not be dense."""
+
+    def reach(shape: Any, steps: Any) -> int:
+        return 1 + sum((s - 1) * step for s, step in zip(shape, steps, strict=True)) if all(shape) else 0
+
+    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
+    mine = torch.zeros(max(reach(x.shape, x.stride()), start + reach(size, stride)), dtype=torch.bool)
+    mine.as_strided(x.shape, x.stride()).fill_(True)
+    return start >= 0 and bool(mine.as_strided(size, stride, start).all())
 
 
 @rule(aten.as_strided_scatter.default)
@@ -172,7 +185,7 @@ def as_strided_scatter(self: Any, src: Any, size: Any, stride: Any, storage_offs
     return torch.as_strided_scatter(value, physical(src, n), *where)
 
 
-def _strided(x: Any, value: torch.Tensor, size: Any, stride: Any, storage_offset: int | None) -> tuple[Any, Any, int] | None:
+def _strided(x: Any, value: torch.Tensor, size: Any, stride: Any, storage_offset: int | None) -> tuple[Any, Any, Any] | None:
     """Size, strides and offset in the contiguous ``value [n, *shape]``; None where a sample's would leave it."""
     start = 0 if storage_offset is None else storage_offset - x.storage_offset()
     last = start + sum((s - 1) * step for s, step in zip(size, stride, strict=True))
