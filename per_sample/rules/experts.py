@@ -61,7 +61,8 @@ def _experts_gradient(left: Tensor, right: Tensor, ends: Tensor, dtype: Any) -> 
     none = (_groups(ends, s) == ends.shape[1]).unsqueeze(2)
     flat = right.masked_fill(none, 0).reshape(n * s, -1)
     last = (ends + s * torch.arange(n, device=ends.device, dtype=ends.dtype).unsqueeze(1)).flatten()
-    out = _grouped(left.transpose(0, 1).reshape(k, n * s), flat, last, dtype)
+    # The kernel wants rows that begin at multiples of 16 bytes, as those of the program do.
+    out = _grouped(left.transpose(1, 2).reshape(n * s, k).contiguous().t(), flat, last, dtype)
     return out.view(n, ends.shape[1], k, -1)
 
 
