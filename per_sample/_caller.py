@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from contextlib import ExitStack, contextmanager
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,21 +118,31 @@ class Caller:
         return x
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-
-
 def _refuse_custom_function() -> None:
     """Inside ``Function.forward`` the caller would differentiate the forward's body instead of the custom rule."""
+    bodies = _custom_forwards()
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY:
-            name = getattr(frame.f_locals.get("cls"), "__name__", "a custom function")
+        if frame.f_code in bodies:
             raise UnsupportedError(
-                f"`{name}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: its "
-                "`backward` would be ignored in the outer derivative. Write it with differentiable torch ops, or detach "
+                f"`{bodies[frame.f_code]}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: "
+                "its `backward` would be ignored in the outer derivative. Write it with differentiable torch ops, or detach "
                 "the arguments (or use torch.no_grad()) where the outer derivative is not wanted."
             )
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _custom_forwards() -> dict[CodeType, str]:
+    """The names of all custom functions by the code of their ``forward``, which is all of them that a stack shows in every torch."""
+    found: dict[CodeType, str] = {}
+    waiting: list[Any] = [torch.autograd.Function]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        body = getattr(inspect.unwrap(cls.forward), "__code__", None)
+        if body is not None and cls.forward is not torch.autograd.Function.forward:
+            found[body] = cls.__name__
+    return found
 
 
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]

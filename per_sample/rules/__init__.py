@@ -30,6 +30,7 @@ from per_sample.rules import (  # noqa: F401
     rnn,
     rnn_cells,
     segment,
+    strided,
     take,
     unique,
     view,

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from per_sample._combinators import table
 from per_sample._registry import TABLE, rule
-from per_sample.rules import view  # noqa: F401  (holds the rules looked up here)
+from per_sample.rules import strided, view  # noqa: F401  (they hold the rules looked up here)
 
 aten = torch.ops.aten
 
@@ -33,6 +33,7 @@ def _copied(op: OpOverload) -> Any:
 table(
     _copied,
     aten.alias_copy.default,
+    aten.as_strided_copy.default,
     aten.diagonal_copy.default,
     aten.expand_copy.default,
     aten.permute_copy.default,

@@ -21,7 +21,8 @@ _CORES: dict[tuple[int | None, ...], tuple[OpOverload, ...]] = {
         aten._linalg_eigvals.default,
         aten._linalg_slogdet.default,
         aten._linalg_svd.default,
-        aten.cholesky.default,
+        # Gone in torch 2.15.
+        *((aten.cholesky.default,) if hasattr(aten, "cholesky") else ()),
         aten.cholesky_inverse.default,
         aten.geqrf.default,
         aten.linalg_cholesky_ex.default,

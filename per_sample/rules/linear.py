@@ -82,17 +82,17 @@ def _batched_product(a: Any, b: Any) -> Tensor:
     if type(a) is Batched:
         return _rows_times_shared(a.physical, b)
     # The transposed product, so that the shared operand is again on the right.
-    return _rows_times_shared(b.physical.transpose(2, 3), a.transpose(1, 2)).transpose(2, 3)
+    return _rows_times_shared(b.physical.transpose(2, 3), a.transpose(1, 2)).transpose(2, 3).contiguous()
 
 
 def _rows_times_shared(value: Tensor, shared: Tensor) -> Tensor:
-    """``value [n, b, o, t]`` times ``shared [b, t, i]``: the samples are more rows."""
+    """``value [n, b, o, t]`` times ``shared [b, t, i]``: the samples are more rows. Contiguous, as the program may count on it (`view`)."""
     n, batch, o, t = value.shape
     i = shared.shape[2]
     if batch == 1:
         return (value.reshape(n * o, t) @ shared[0]).view(n, 1, o, i)
     rows = value.transpose(0, 1).reshape(batch, n * o, t)
-    return torch.bmm(rows, shared).view(batch, n, o, i).transpose(0, 1)
+    return torch.bmm(rows, shared).view(batch, n, o, i).transpose(0, 1).contiguous()
 
 
 @rule(aten.bmm.default)

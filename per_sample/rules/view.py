@@ -9,7 +9,6 @@ import torch
 
 from per_sample._batched import Batched, physical, samples, wrap_factor
 from per_sample._combinators import as_is, axes, axis, dims, table
-from per_sample._errors import UnsupportedError
 from per_sample._factors import Factor, Outer, Sum, View
 from per_sample._registry import rule
 
@@ -151,47 +150,6 @@ def _same(x: Any) -> Any:
 @rule(aten.alias.default, aten.lift_fresh.default)
 def alias(self: Any) -> Any:
     return _same(self)
-
-
-@rule(aten.as_strided.default)
-def as_strided(self: Any, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
-    """Each sample strided by itself, where it lies in one piece and is not left; else the fallback decides."""
-    value = self.physical
-    where = _strided(self, value, size, stride, storage_offset)
-    if where is None and not _stays_inside(self, size, stride, storage_offset):
-        raise UnsupportedError("`as_strided` with these strides would read other samples' memory; call `.contiguous()` first.")
-    return NotImplemented if where is None else value.as_strided(*where)
-
-
-def _stays_inside(x: Any, size: Any, stride: Any, storage_offset: int | None) -> bool:
-    """Whether all that is asked for are elements of one sample, whose strides need not be dense."""
-
-    def reach(shape: Any, steps: Any) -> int:
-        return 1 + sum((s - 1) * step for s, step in zip(shape, steps, strict=True)) if all(shape) else 0
-
-    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
-    mine = torch.zeros(max(reach(x.shape, x.stride()), start + reach(size, stride)), dtype=torch.bool)
-    mine.as_strided(x.shape, x.stride()).fill_(True)
-    return start >= 0 and bool(mine.as_strided(size, stride, start).all())
-
-
-@rule(aten.as_strided_scatter.default)
-def as_strided_scatter(self: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
-    n = samples(self, src)
-    value = physical(self, n).contiguous()
-    where = _strided(self, value, size, stride, storage_offset) if self.is_contiguous() else None
-    if where is None:
-        raise UnsupportedError("`as_strided_scatter` of a per-sample tensor that is not contiguous; use `slice_scatter` or `index_put`.")
-    return torch.as_strided_scatter(value, physical(src, n), *where)
-
-
-def _strided(x: Any, value: torch.Tensor, size: Any, stride: Any, storage_offset: int | None) -> tuple[Any, Any, Any] | None:
-    """Size, strides and offset in the contiguous ``value [n, *shape]``; None where a sample's would leave it."""
-    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
-    last = start + sum((s - 1) * step for s, step in zip(size, stride, strict=True))
-    if not value.is_contiguous() or not 0 <= start <= last < math.prod(x.shape) or 0 in size:
-        return None
-    return (value.shape[0], *size), (math.prod(x.shape), *stride), value.storage_offset() + start
 
 
 @rule(aten.expand.default)
