@@ -48,12 +48,14 @@ class Context:
     closed: bool = False
     recorder: Recorder | None = None
     restart: Restart | None = None
-    # Batched arguments are lifted as copies (1), or shared ones, too (2).
+    # Batched arguments are lifted as copies (1), shared ones, too (2), or shared ones as a copy for each sample (3).
     copies: int = 0
     # Every sample gets its own of the tensors that the program makes: from nothing (1), or from shared ones, too (2).
     expands: int = 0
     # Calls are caught before the dispatcher, too.
     functions: bool = False
+    # The batch is empty: one sample of zeros stands for it.
+    empty: bool = False
     # Gradients are accumulated by `backward`, as reentrant checkpoints want it.
     accumulates: bool = False
     # Samples whose values lead different ways may run apart.

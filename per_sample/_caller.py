@@ -10,6 +10,7 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.hooks
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_restore_interpreter_stack
@@ -118,14 +119,21 @@ class Caller:
         return x
 
 
+# A Python function up to torch 2.14, on whose stack a custom function's own is then found.
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+
+
 def _refuse_custom_function() -> None:
-    """Inside ``Function.forward`` the caller would differentiate the forward's body instead of the custom rule."""
+    """Inside ``Function.apply`` the caller would differentiate the forward's body instead of the custom rule."""
     bodies = _custom_forwards()
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in bodies:
+        name = bodies.get(frame.f_code)
+        if frame.f_code is _APPLY:
+            name = getattr(frame.f_locals.get("cls"), "__name__", "a custom function")
+        if name is not None:
             raise UnsupportedError(
-                f"`{bodies[frame.f_code]}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: "
+                f"`{name}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: "
                 "its `backward` would be ignored in the outer derivative. Write it with differentiable torch ops, or detach "
                 "the arguments (or use torch.no_grad()) where the outer derivative is not wanted."
             )
@@ -133,8 +141,11 @@ def _refuse_custom_function() -> None:
 
 
 def _custom_forwards() -> dict[CodeType, str]:
-    """The names of all custom functions by the code of their ``forward``, which is all of them that a stack shows in every torch."""
-    found: dict[CodeType, str] = {}
+    """The names of all custom functions by the code of their ``forward``, which is all of them that a stack shows in later versions.
+
+    The function of a module's backward hooks runs no op of its own in ``forward``, so it is known by who calls it.
+    """
+    found = {torch.utils.hooks.BackwardHook._apply_on_tensors.__code__: "A backward hook"}
     waiting: list[Any] = [torch.autograd.Function]
     while waiting:
         cls = waiting.pop()

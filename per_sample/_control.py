@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._C import _functorch
 
 from per_sample._batched import is_batched
 from per_sample._values import value_of
@@ -18,35 +20,45 @@ if TYPE_CHECKING:
 
 def cond(ctx: Context, pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
     """One branch is run, as by an ``if``; `where` on both would spread the NaN of the branch not taken through its gradient."""
+    pred = _bare(pred)
     if is_batched(pred):
         pred = value_of(pred, "The predicate of `torch.cond`", split=True)
     return true_fn(*operands) if bool(pred) else false_fn(*operands)
 
 
 def while_loop(ctx: Context, cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried: Any, additional: Any = ()) -> Any:
-    """The number of turns is found first, without gradients, so that the batch is split once."""
-    turns = _turns(ctx, cond_fn, body_fn, carried, additional)
+    """The number of turns is found first, without gradients, so that the batch is split once.
+
+    Torch hands over the leaves of what is carried, and takes them back.
+    """
+    turns = _turns(cond_fn, body_fn, carried, additional)
     if is_batched(turns):
         turns = value_of(turns, "The number of turns of `torch.while_loop`", split=True)
     for _ in range(int(turns)):
-        carried = body_fn(*carried, *additional)
+        carried = tuple(pytree.tree_leaves(body_fn(*carried, *additional)))
     return carried
 
 
 @torch.no_grad()
-def _turns(ctx: Context, cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried: Any, additional: Any) -> Any:
-    """How often each sample's loop turns."""
+def _turns(cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried: Any, additional: Any) -> Any:
+    """How often each sample's loop turns; a sample that has finished keeps what it carries and does not begin again."""
     turns: Any = 0
+    alive: Any = True
     while True:
-        going = cond_fn(*carried, *additional)
-        if not is_batched(going):
-            if not bool(going):
-                return turns
-            carried = body_fn(*carried, *additional)
-            turns = turns + 1
-            continue
-        if not bool(going.physical.any()):
+        alive = alive & _bare(cond_fn(*carried, *additional))
+        if not bool(alive.physical.any() if is_batched(alive) else alive):
             return turns
-        new = body_fn(*carried, *additional)
-        carried = tuple(torch.where(going, b, a) if isinstance(b, Tensor) else b for a, b in zip(carried, new, strict=True))
-        turns = turns + going.long()
+        new = pytree.tree_leaves(body_fn(*carried, *additional))
+        carried = tuple(_where(alive, b, a) for a, b in zip(carried, new, strict=True))
+        turns = turns + (alive.long() if isinstance(alive, Tensor) else int(alive))
+
+
+def _bare(x: Any) -> Any:
+    """A truth value without the levels of `torch.func.grad` inside the function, which do not concern it."""
+    while isinstance(x, Tensor) and _functorch.is_gradtrackingtensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
+def _where(alive: Any, new: Any, old: Any) -> Any:
+    return torch.where(alive, torch.as_tensor(new), torch.as_tensor(old)) if is_batched(alive) else new

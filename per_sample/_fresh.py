@@ -32,20 +32,23 @@ _FROM_NOTHING = {
     aten.scalar_tensor.default,
     aten.clone.default,
 }
-_BY_POINTER = {aten.lift_fresh.default, aten.empty.memory_format}
 
 
 def own_copies(ctx: Context, entry: Entry, func: Any, out: Any) -> Any:
     """Each sample's own copy of what an op made, if it is to have one (``Context.expands``).
 
-    Integers are left alone where torch's C++ code may read them by pointer (lengths).
+    Empty tensors of integers are left alone, since torch's C++ code fills them by pointer (lengths).
     """
     if isinstance(out, (tuple, list)):
         return type(out)(own_copies(ctx, entry, func, x) for x in out)
     if not isinstance(out, Tensor) or (entry.views and func is not aten.lift_fresh.default):
         return out
-    number = out.is_floating_point() or out.is_complex()
-    if not (number and (ctx.expands > 1 or func in _BY_POINTER)) and func not in _FROM_NOTHING:
+    inexact = out.is_floating_point() or out.is_complex()
+    if func is aten.empty.memory_format:
+        wanted = inexact
+    else:
+        wanted = func in _FROM_NOTHING or ctx.expands > 1 or (inexact and func is aten.lift_fresh.default)
+    if not wanted:
         return out
     with nullcontext() if ctx.caller is None else ctx.caller():
         return wrap(ctx, out.expand(ctx.n, *out.shape).clone())

@@ -15,7 +15,8 @@ from per_sample._batched import Batched, is_batched
 if TYPE_CHECKING:
     from per_sample._batched import Context
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# To torch, a tensor of uint8 is a mask.
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _CONTROL = {torch.ops.higher_order.cond: _control.cond, torch.ops.higher_order.while_loop: _control.while_loop}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
@@ -34,7 +35,9 @@ class FunctionMode(TorchFunctionMode):
         if func is Tensor.__setitem__ and self._numbered(args[1]):
             return _set(*args)
         if func in _CONTROL:
-            return _CONTROL[func](self.ctx, *args, **kwargs)
+            # Torch takes a mode away while it handles a call, and what branches and bodies call must be caught as well.
+            with self:
+                return _CONTROL[func](self.ctx, *args, **kwargs)
         with torch.backends.cudnn.flags(enabled=False) if func in _RECURRENT else nullcontext():
             return func(*args, **kwargs)
 
@@ -81,5 +84,8 @@ def _get(x: Tensor, index: Any) -> Tensor:
 def _set(x: Tensor, index: Any, value: Any) -> None:
     """The places that the index names, written in a copy that then replaces everything."""
     places = _get(torch.arange(x.numel(), device=x.device).reshape(x.shape), index)
-    new = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(places.shape)
+    new = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    while new.dim() > places.dim() and new.shape[0] == 1:
+        new = new[0]
+    new = new.expand(places.shape)
     x.copy_(x.flatten().scatter(0, places.flatten(), new.flatten()).reshape(x.shape))

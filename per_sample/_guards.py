@@ -109,6 +109,8 @@ def _check_write(ctx: Context, func: Any, arg: Tensor, target: Tensor, values: l
         if any(type(v) is Batched and v.ctx is ctx for v in pytree.tree_leaves(values)):
             if made_inside and ctx.expands < 2:
                 raise Restart(ctx, expands=ctx.expands + 1)
+            if lifted and not made_inside and ctx.copies < 3:
+                raise Restart(ctx, copies=3)
             raise SharedWriteError(
                 f"`{func}` writes a per-sample value into a tensor of shape {list(target.shape)} that all samples share. Make the "
                 "target from a per-sample tensor (`x.new_zeros(...)`, `torch.zeros_like(x)`), or build the result with `torch.stack`."

@@ -49,5 +49,7 @@ def run(dispatch: Callable[..., Any], op: OpOverload, args: Any, kwargs: dict[st
             raise UnsupportedError(
                 f"`{op}`: `out` has shape {list(target.shape)}, the result {list(value.shape)}; `out` is not resized here."
             )
+        if not torch.can_cast(value.dtype, target.dtype):
+            raise UnsupportedError(f"`{op}`: the result is of {value.dtype}, which `out` of {target.dtype} cannot hold.")
         dispatch(aten.copy_.default, (target, value), {})
     return targets[0] if len(targets) == 1 else tuple(targets)

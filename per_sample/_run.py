@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,13 +60,13 @@ def run(
     def body(ctx: Context) -> tuple[list[Factor], Any, Any]:
         inputs, targets = _lift(arguments, leaves, ctx, program.keep_batch_dim)
         kwargs = trees.map(lambda x: lift(x, None, ctx) if isinstance(x, Tensor) else x, program.kwargs)
-        out = _call(program.fn, trees.unflatten(arguments.spec, inputs), kwargs)
+        out = _call(ctx, program.fn, trees.unflatten(arguments.spec, inputs), kwargs)
         loss, aux = split_aux(out, program.has_aux)
         check_scalar(loss, program.keep_batch_dim)
         return differentiate(loss, targets, ctx), loss, aux
 
     tensors = [x for x in trees.flatten((leaves, program.kwargs))[0] if isinstance(x, Tensor)]
-    ctx, (factors, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder, splits=True)
+    ctx, (factors, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder, splits=True, empty=arguments.n == 0)
     return Outcome(ctx, factors, read_out(loss, ctx), trees.map(lambda x: read_out(x, ctx), aux), samples)
 
 
@@ -73,20 +74,31 @@ def run(
 _NO_MEMORY = ("data is not allocated yet", "Cannot access data pointer", "invalid python storage")
 
 
-def _call(fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     try:
         return fn(*args, **kwargs)
-    except RuntimeError as err:
-        if any(text in str(err) for text in _NO_MEMORY):
-            raise DataDependentError(
-                "Something inside the function reads the numbers of a per-sample tensor directly: `torch.tensor([...])` of such tensors "
-                f"(use `torch.stack`), `tensor_split` at per-sample places, or C++ code of its own. {err}"
-            ) from err
+    except Exception as err:
+        if not ctx.functions and _came_from_control_flow(err):
+            raise Restart(ctx, functions=True) from err
+        _raise_typed(err)
         raise
-    except ValueError as err:
-        if "Expected more than 1 value per channel" in str(err):
-            raise BatchNormError(f"Batch normalisation in training mode mixes samples; call `module.eval()`. torch says: {err}") from err
-        raise
+
+
+def _came_from_control_flow(err: Exception) -> bool:
+    """Whether torch's own `torch.cond` or `while_loop` failed: autograd and functorch trace them before the interpreter is asked."""
+    frames = traceback.walk_tb(err.__traceback__)
+    return any("_higher_order_ops" in frame.f_code.co_filename for frame, _ in frames)
+
+
+def _raise_typed(err: Exception) -> None:
+    """Raise an error of the library's where torch's own means something else here."""
+    if isinstance(err, RuntimeError) and any(text in str(err) for text in _NO_MEMORY):
+        raise DataDependentError(
+            "Something inside the function reads the numbers of a per-sample tensor directly: `torch.tensor([...])` of such tensors "
+            f"(use `torch.stack`), `tensor_split` at per-sample places, or C++ code of its own. {err}"
+        ) from err
+    if isinstance(err, ValueError) and "Expected more than 1 value per channel" in str(err):
+        raise BatchNormError(f"Batch normalisation in training mode mixes samples; call `module.eval()`. torch says: {err}") from err
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, Batched)
@@ -137,7 +149,12 @@ def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
             if copied:
                 value = value.clone()
     ctx.borrow(leaf)
-    return wrap_shared(ctx, value) if dim is None else wrap(ctx, value)
+    if dim is not None:
+        return wrap(ctx, value)
+    if ctx.copies < 3:
+        return wrap_shared(ctx, value)
+    with nullcontext() if ctx.caller is None else ctx.caller(in_dispatch=False):
+        return wrap(ctx, value.expand(ctx.n, *value.shape).clone())
 
 
 def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:

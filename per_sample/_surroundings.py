@@ -48,6 +48,7 @@ def in_context(
     recorder: Recorder | None = None,
     *,
     splits: bool = False,
+    empty: bool = False,
 ) -> tuple[Context, T]:
     """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter."""
     grad_mode = torch.is_grad_enabled()
@@ -69,7 +70,7 @@ def in_context(
         ctx = Context(n, randomness, grad_mode=grad_mode, functional=keeps_caller or tracing, recorder=recorder)
         ctx.simple = recorder is None and not keeps_caller
         ctx.copies, ctx.expands, ctx.functions = copies, expands, functions
-        ctx.depth, ctx.splits, ctx.accumulates = depth, splits, accumulates
+        ctx.depth, ctx.splits, ctx.empty, ctx.accumulates = depth, splits, empty, accumulates
         try:
             with _inside(ctx, fn, keeps_caller, differentiates):
                 out = body(ctx)

@@ -19,6 +19,9 @@ def agreed(ctx: Context, rows: Tensor, what: str, *, split: bool = False, number
     Where they differ the batch is split into groups that agree (if ``split``, or if the options allow it), each of which begins again; or
     the op is refused, as ``what``. ``number``: perhaps `x[i]` asked, which `FunctionMode` can do without the value.
     """
+    if ctx.empty:
+        # The one sample of zeros that stands for an empty batch has no values of its own.
+        raise Restart(ctx, groups=[])
     rows = rows.detach()
     try:
         # A copy, since torch calls a tensor of one element contiguous whatever its strides, and then refuses to look at its bytes.

@@ -94,6 +94,15 @@ def _padded(x: Any, length: int | None = None) -> Tensor:
     return pad_packed_sequence(x, batch_first=True, total_length=length)[0] if is_packed(x) else x
 
 
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Equal up to what the order of sums may change in a deep network."""
+    if not y.is_floating_point() and not y.is_complex():
+        return torch.equal(x, y)
+    tolerance = min(0.1, 200 * torch.finfo(y.dtype).eps ** 0.75)
+    scale = float(y.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if y.numel() else 0.0
+    return torch.allclose(x, y, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
 class _Call:
     """One call of the module: its arguments, and along which axis their samples stand (None: no tensor)."""
 
@@ -104,6 +113,10 @@ class _Call:
         self.n = _batch_size(self.leaves, axis) if n is None else n
         self.dims = self._axes(self.leaves)
         self.random = random_states([*self.trained.values(), *self.leaves])
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [x._version for x in (*self.trained.values(), *self.tensors())]
 
     def tensors(self) -> list[Tensor]:
         return [_data(x) for x in self.leaves if _is_tensor(x)]
@@ -114,7 +127,7 @@ class _Call:
         return [self._axis(x, (1,) if states and i else (self.axis, 1 - self.axis)) for i, x in enumerate(values)]
 
     def _axis(self, x: Any, candidates: tuple[int, ...]) -> int | None:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not x.dim():
             return 0 if is_packed(x) else None
         for axis in candidates:
             if axis < x.dim() and x.shape[axis] == self.n:
@@ -123,7 +136,13 @@ class _Call:
 
     def _run(self, leaves: list[Any], params: dict[str, Tensor]) -> tuple[list[Any], Any]:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return pytree.tree_flatten(functional_call(self.module, params, args, kwargs), is_leaf=is_packed)
+        own = [(m, dict(m._parameters)) for m in self.module.modules()]
+        try:
+            return pytree.tree_flatten(functional_call(self.module, params, args, kwargs), is_leaf=is_packed)
+        finally:
+            # `functional_call` leaves what it put in where a submodule stands at two places.
+            for m, parameters in own:
+                m._parameters.update(parameters)
 
     def results(self) -> tuple[list[Any], Any]:
         """The module's results for the whole batch, flattened."""
@@ -131,6 +150,8 @@ class _Call:
         with torch.no_grad():
             values, spec = self._run(self.leaves, {})
         self.out_dims = self._axes(values)
+        if None in [d for x, d in zip(values, self.out_dims, strict=True) if _is_tensor(x)]:
+            raise ModuleCallError(f"A result is a number for the whole batch: it has no axis for the {self.n} samples.")
         self.lengths = [_padded(x).shape[1] if is_packed(x) else None for x in values]
         if not torch.equal(before, torch.get_rng_state()):
             # The transform lays the samples out in another order, so that they draw other numbers.
@@ -139,6 +160,17 @@ class _Call:
             drawn = iter(self.gradients([torch.zeros_like(x) for x in values if _is_tensor(x)])[2])
             values = [next(drawn).squeeze(d + 1).movedim(0, d) if d is not None else x for x, d in zip(values, self.out_dims, strict=True)]
         return values, spec
+
+    def check(self, found: list[Tensor], results: list[Any]) -> None:
+        """The backward pass runs the module once more, which must give what the forward pass gave."""
+        expected = [_padded(x) for x in results if _is_tensor(x)]
+        dims = [d for d in self.out_dims if d is not None]
+        again = [x.squeeze(d + 1).movedim(0, d) for x, d in zip(found, dims, strict=True)]
+        if self.versions != self._versions() or not all(map(_close, again, expected)):
+            raise ModuleCallError(
+                "One sample alone gives another result than it gave in the batch. The module mixes samples, an argument holds no samples, "
+                "or arguments, parameters or the module's mode were changed between the forward and the backward pass."
+            )
 
     def gradients(self, cotangents: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor | None], list[Tensor]]:
         """Every sample's gradients for the parameters and the arguments, and its results."""
@@ -188,7 +220,9 @@ class _Call:
 
 def _batch_size(leaves: list[Any], axis: int) -> int:
     found = None
-    for x in filter(_is_tensor, leaves):
+    for x in leaves:
+        if not _is_tensor(x) or (isinstance(x, Tensor) and not x.dim()):
+            continue
         size = int(x.batch_sizes[0]) if is_packed(x) else x.shape[axis]
         if found not in (None, size):
             raise ModuleCallError(
@@ -210,7 +244,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, mean: bool, results: list[Any], *tensors: Tensor) -> Any:
         ctx.call, ctx.mean, ctx.results = call, mean, results
-        values = tuple(_data(x).view_as(_data(x)) for x in results if _is_tensor(x))
+        # Copies, since the caller may go on in place, and the results are compared again.
+        values = tuple(_data(x).clone() for x in results if _is_tensor(x))
         ctx.mark_non_differentiable(*(x for x in values if not (x.is_floating_point() or x.is_complex())))
         return values
 
@@ -220,8 +255,12 @@ class _Backward(torch.autograd.Function):
         call = ctx.call
         given = iter(cotangents)
         padded = [_padded(_filled(x, given)) for x in ctx.results if _is_tensor(x)]
-        grads, inputs, _ = call.gradients(padded)
+        grads, inputs, found = call.gradients(padded)
+        call.check(found, ctx.results)
         for name, p in call.trained.items():
             g = grads[name] * call.n if ctx.mean else grads[name]
-            p.grad_sample = g if getattr(p, "grad_sample", None) is None else p.grad_sample + g
+            sofar = getattr(p, "grad_sample", None)
+            if sofar is not None and sofar.shape != g.shape:
+                raise ModuleCallError(f"{call.n} samples were to be added to a grad_sample of {len(sofar)} (parameter `{name}`).")
+            p.grad_sample = g if sofar is None else sofar + g
         return None, None, None, *(None for _ in grads), *inputs

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from per_sample import _arguments, _compile
 from per_sample import _trees as trees
-from per_sample._errors import ArgumentError
+from per_sample._errors import ArgumentError, DataDependentError
 from per_sample._packed import opened
 from per_sample._run import Outcome, Program, run
 from per_sample._surroundings import Split, random_states
@@ -129,7 +129,10 @@ def _grad_and_value(fn: Callable[..., Any], options: tuple[Any, ...], args: tupl
     arguments = _arguments.read(args, argnums, in_dims)
     # One by one, so that a chunk's factors are gone before the next one runs.
     pieces = [(_materialized(outcome), outcome.samples) for outcome in outcomes(program, arguments, chunk_size)]
-    leaves, values, aux = pieces[0][0] if len(pieces) == 1 else _joined(pieces)
+    if not pieces:
+        leaves, values, aux = _of_nobody(arguments, has_aux)
+    else:
+        leaves, values, aux = pieces[0][0] if len(pieces) == 1 else _joined(pieces)
     if arguments.n == 0:
         leaves, values, aux = trees.map(_emptied, (leaves, values, aux))
     grads = _arguments.as_arguments(leaves, arguments, isinstance(argnums, tuple), args)
@@ -137,7 +140,10 @@ def _grad_and_value(fn: Callable[..., Any], options: tuple[Any, ...], args: tupl
 
 
 def outcomes(program: Program, arguments: Arguments, chunk_size: int | None, recorder: Recorder | None = None) -> Iterator[Outcome]:
-    """One ``Outcome`` for each chunk of samples, or group that runs apart; an empty batch yields that of one sample of zeros."""
+    """One ``Outcome`` for each chunk of samples, or group that runs apart.
+
+    An empty batch yields that of one sample of zeros; nothing if the function asks for the values of that sample, which does not exist.
+    """
     n = arguments.n
     if n == 0:
         yield from _groups(program, arguments, _arguments.one_zero_sample(arguments), 1, None, recorder)
@@ -201,18 +207,32 @@ def _joined(pieces: list[Any]) -> tuple[list[Tensor], Tensor, Any]:
     order = None if samples == sorted(samples) else torch.tensor(samples).argsort()
 
     def join(*parts: Any) -> Any:
-        if not isinstance(parts[0], Tensor):
-            if any(p is not parts[0] and p != parts[0] for p in parts[1:]):
-                raise ArgumentError(f"`aux` has a value that is no tensor and differs between chunks: {parts[0]!r} and {parts[-1]!r}.")
-            return parts[0]
-        whole = torch.cat(parts)
-        return whole if order is None else whole[order.to(whole.device)]
+        first = parts[0]
+        if all(isinstance(p, Tensor) and p.shape[1:] == first.shape[1:] and p.dtype == first.dtype for p in parts):
+            whole = torch.cat(parts)
+            return whole if order is None else whole[order.to(whole.device)]
+        if any(isinstance(p, Tensor) for p in parts) or len({repr(p) for p in parts}) > 1:
+            shown = [f"a tensor {list(p.shape)} of {p.dtype}" if isinstance(p, Tensor) else repr(p) for p in (first, parts[-1])]
+            raise ArgumentError(f"`aux` differs between samples that ran apart (`chunk_size`, groups): {shown[0]} and {shown[1]}.")
+        return first
 
-    try:
-        joined: tuple[list[Tensor], Tensor, Any] = trees.map(join, *(piece for piece, _ in pieces))
-    except ValueError as err:
-        raise ArgumentError(f"`aux` must have the same structure in every chunk of samples: {err}") from err
+    found = [piece for piece, _ in pieces]
+    structures = [trees.flatten(piece)[1] for piece in found]
+    if any(structure != structures[0] for structure in structures):
+        raise ArgumentError("`aux` must have the same structure for all samples, also for those that ran apart (`chunk_size`, groups).")
+    joined: tuple[list[Tensor], Tensor, Any] = trees.map(join, *found)
     return joined
+
+
+def _of_nobody(arguments: Arguments, has_aux: bool) -> tuple[list[Tensor], Tensor, Any]:
+    """The results for an empty batch where the function wants to know the values of a sample."""
+    if has_aux:
+        raise DataDependentError("The batch is empty, and `fn` asks for a sample's values, so that nobody knows what `aux` would be.")
+    leaves = [leaf for leaf, diff in zip(arguments.leaves, arguments.diff, strict=True) if diff and isinstance(leaf, Tensor)]
+    own = [arguments.dims[i] for i, diff in enumerate(arguments.diff) if diff and isinstance(arguments.leaves[i], Tensor)]
+    shapes = [leaf.shape if dim is None else leaf.movedim(dim, 0).shape[1:] for leaf, dim in zip(leaves, own, strict=True)]
+    grads = [leaf.new_zeros((0, *shape)) for leaf, shape in zip(leaves, shapes, strict=True)]
+    return grads, torch.zeros(0, dtype=leaves[0].real.dtype if leaves[0].is_complex() else leaves[0].dtype), None
 
 
 def _emptied(x: Any) -> Any:

@@ -151,20 +151,40 @@ def test_branches_on_shared_values_are_fine():
         lambda buffer, x: buffer.index_put_((torch.tensor([0]),), x[:1]),
     ],
 )
-@pytest.mark.parametrize("where", ["closed over", "argument"])
-def test_writing_a_per_sample_value_into_a_shared_tensor(write, where):
-    closed_over = torch.zeros(3)
+@pytest.mark.parametrize("grad", [False, True])
+def test_writing_a_per_sample_value_into_a_tensor_from_outside(write, grad):
+    closed_over = torch.zeros(3, requires_grad=grad)
 
-    def fn(w, x, buffer):
-        target = {"closed over": closed_over, "argument": buffer}[where]
-        write(target, x)
-        return (w @ x).sum() + target.sum()
+    def fn(w, x):
+        with torch.no_grad():
+            write(closed_over, x)
+        return (w @ x).sum() + closed_over.sum()
 
-    argument = torch.zeros(3)
     with pytest.raises(per_sample.SharedWriteError, match="all samples share"):
-        grads_of(fn, W, X, argument, in_dims=(None, 0, None))
+        grads_of(fn, W, X)
     assert not closed_over.any()
-    assert not argument.any()
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda buffer, x: buffer.add_(x),
+        lambda buffer, x: buffer[0].copy_(x[0]),
+        lambda buffer, x: buffer.view(1, 3)[0, 1:].mul_(x[1:]),
+        lambda buffer, x: torch.mul(x, 2, out=buffer),
+    ],
+)
+def test_writing_a_per_sample_value_into_a_shared_argument(write, recorded):
+    def fn(w, x, buffer):
+        write(buffer, x)
+        return (w @ (x * buffer)).square().sum()
+
+    argument = torch.ones(3)
+    grads = per_sample_grad(fn, in_dims=(None, 0, None))(W.clone().requires_grad_(recorded), X, argument)
+    assert torch.equal(argument, torch.ones(3))
+    for g, x in zip(grads, X, strict=True):
+        torch.testing.assert_close(g, torch.func.grad(fn)(W, x, torch.ones(3)))
 
 
 def test_a_shared_argument_is_never_modified():

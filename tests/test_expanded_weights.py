@@ -197,6 +197,68 @@ def test_results_without_an_axis_for_the_samples(module, width):
         call_for_per_sample_grads(module(4, width).double())(images(4)).sum().backward()
 
 
+class Mixes(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h - h.mean(0)
+
+
+class Positions(nn.Linear):
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        return super().forward(x + position)
+
+
+class Counts(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@pytest.mark.parametrize(
+    ("make", "args"),
+    [(lambda: Mixes(4, 3), [(N, 4)]), (lambda: Positions(4, 3), [(N, N, 4), (N, 4)]), (lambda: Counts(4, 3), [(N, 4)])],
+)
+def test_a_sample_that_gives_something_else_alone_is_refused(make, args):
+    out = call_for_per_sample_grads(make().double())(*(torch.randn(shape, dtype=D) for shape in args))
+    with pytest.raises(ModuleCallError, match="One sample alone gives another result"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("change", ["input", "parameter", "mode"])
+def test_changes_between_the_passes_are_refused(change):
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).double(), images(4)
+    out = call_for_per_sample_grads(module)(x)
+    with torch.no_grad():
+        {"input": lambda: x.zero_(), "parameter": lambda: module[0].weight.add_(1), "mode": module.eval}[change]()
+    with pytest.raises(ModuleCallError, match="between the forward and the backward pass"):
+        out.sum().backward()
+
+
+def test_a_submodule_at_two_places():
+    shared = nn.Linear(4, 4).double()
+    module, x = nn.Sequential(shared, nn.Tanh(), shared), images(4)
+    call_for_per_sample_grads(module)(x).sum().backward()
+    assert type(shared.weight) is nn.Parameter
+    torch.testing.assert_close([p.grad_sample for p in shared.parameters()], looped(module, [x], (0,), lambda o: o.sum()))
+
+
+def test_numbers_are_shared_and_batches_of_two_sizes_do_not_add_up():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return super().forward(x) * scale
+
+    module = Scaled(4, 3).double()
+    call = call_for_per_sample_grads(module)
+    first, second = call(images(4), torch.tensor(2.0, dtype=D)), call(images(4)[:2], torch.tensor(2.0, dtype=D))
+    first.sum().backward()
+    torch.testing.assert_close(module.bias.grad_sample, torch.full((N, 3), 2.0, dtype=D))
+    with pytest.raises(ModuleCallError, match=r"2 samples .* of 5 .*`weight`"):
+        second.sum().backward()
+
+
 def test_no_second_derivative():
     module = nn.Linear(4, 3).double()
     call_for_per_sample_grads(module)(images(4)).square().sum().backward()
