@@ -17,7 +17,7 @@ from torch._higher_order_ops.base_hop import BaseHOP
 
 from per_sample import _arguments, _torch_trees
 from per_sample._batched import Context
-from per_sample._errors import UnsupportedError
+from per_sample._errors import DataDependentError, UnsupportedError
 from per_sample._factors import Factor
 from per_sample._run import check_scalar, differentiate, lift, read_out, split_aux
 from per_sample._surroundings import in_context
@@ -57,6 +57,11 @@ class PerSample(BaseHOP):
         """The subgraph's results, with every sample's gradients where it says so."""
         if torch.compiler.is_dynamo_compiling():
             return super().__call__(subgraph, *operands, randomness=randomness)
+        if not isinstance(subgraph, torch.fx.GraphModule):
+            raise DataDependentError(
+                "torch.compile could not trace `fn` in one piece; the usual reason is that it asks for the Python value of a per-sample "
+                "tensor (a branch, `.item()`, `x[i]`). `fullgraph=True` says where. Write `torch.where`, or leave the transform uncompiled."
+            )
         tensors = [x for x in operands if isinstance(x, Tensor)]
         n = _batch_size(subgraph, operands)
         ctx, out = in_context(lambda ctx: _Runner(subgraph, ctx).run(*operands), None, tensors, n, randomness)

@@ -124,37 +124,45 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
 
 def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
     """A tensor of the caller's as the program sees it; ``dim`` is its sample axis, None where the samples share it."""
-    value = leaf
     if type(leaf) is Batched and (leaf.ctx.closed or ctx.caller is None):
         refuse_escaped("An argument of a transform")
-    copied = ctx.copies > (dim is None)
+    ctx.borrow(leaf)
+    # What is done here is the transform's own: neither the program's modes nor its options are for it.
+    expands, ctx.expands = ctx.expands, 0
+    try:
+        if ctx.caller is None:
+            value = _laid_out(_bare(leaf), dim, ctx)
+        else:
+            value = ctx.caller.enter(leaf)
+            with torch._C.DisableTorchFunction(), ctx.caller(in_dispatch=False):
+                value = _laid_out(value, dim, ctx)
+    finally:
+        ctx.expands = expands
+    with nullcontext() if ctx.caller is None else torch._C.DisableTorchFunction():
+        return wrap_shared(ctx, value) if dim is None and ctx.copies < 3 else wrap(ctx, value)
+
+
+def _bare(leaf: Tensor) -> Tensor:
+    """A plain tensor that autograd does not follow."""
+    value = leaf
     if type(leaf) not in _PLAIN and not torch._C._dispatch_keys(leaf).has(torch._C.DispatchKey.Python):
         # A subclass that does not dispatch adds nothing but behaviour, which was not written for batches.
         value = leaf.as_subclass(Tensor)
-    if ctx.caller is None:
-        if leaf.requires_grad:
-            value = value.detach()
-        if leaf.is_complex() or leaf.is_neg():
-            # Below autograd nobody would resolve a lazy conjugation.
-            value = value.resolve_conj().resolve_neg()
-        if dim:
-            value = value.movedim(dim, 0)
-        if copied:
-            value = value.clone()
-    else:
-        value = ctx.caller.enter(value)
-    if ctx.caller is not None and (dim or copied):
-        with ctx.caller(in_dispatch=False):
-            value = value if dim is None else value.movedim(dim, 0)
-            if copied:
-                value = value.clone()
-    ctx.borrow(leaf)
-    if dim is not None:
-        return wrap(ctx, value)
-    if ctx.copies < 3:
-        return wrap_shared(ctx, value)
-    with nullcontext() if ctx.caller is None else ctx.caller(in_dispatch=False):
-        return wrap(ctx, value.expand(ctx.n, *value.shape).clone())
+    if leaf.requires_grad:
+        value = value.detach()
+    if leaf.is_complex() or leaf.is_neg():
+        # Below autograd nobody would resolve a lazy conjugation.
+        value = value.resolve_conj().resolve_neg()
+    return value
+
+
+def _laid_out(value: Tensor, dim: int | None, ctx: Context) -> Tensor:
+    """The sample axis in front, in a copy where the program writes into it."""
+    if dim is None and ctx.copies == 3:
+        value = value.expand(ctx.n, *value.shape)
+    elif dim:
+        value = value.movedim(dim, 0)
+    return value.clone() if ctx.copies > (dim is None) else value
 
 
 def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -206,8 +214,10 @@ def differentiate(loss: Tensor, targets: list[Tensor], ctx: Context) -> list[Fac
 
 
 def _gradients(loss: Tensor, targets: list[Tensor], ctx: Context) -> Sequence[Tensor | None]:
+    # Some of torch's formulas take what the forward pass saved, which the caller could not differentiate, unless grad mode is on.
+    again = ctx.caller is not None and ctx.caller.differentiates
     try:
-        return torch.autograd.grad(loss, targets, allow_unused=True)
+        return torch.autograd.grad(loss, targets, allow_unused=True, create_graph=again)
     except RuntimeError as err:
         if "incompatible with .grad()" in str(err):
             raise Restart(ctx, accumulates=True) from err

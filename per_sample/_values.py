@@ -30,7 +30,9 @@ def agreed(ctx: Context, rows: Tensor, what: str, *, split: bool = False, number
         if bool((bits == bits[:1]).all()):
             return rows[0]
         groups = torch.unique(bits, dim=0, return_inverse=True)[1].tolist()
-    except RuntimeError as err:
+    except (RuntimeError, DataDependentError) as err:
+        if ctx.splits and not ctx.functions and number:
+            raise Restart(ctx, functions=True) from err
         # Numbers that nobody has: tensors of a vmap around the transform, fake tensors, the meta device.
         raise DataDependentError(_message(what, "The values are not at hand under `vmap`, while tracing or on the meta device.")) from err
     if ctx.splits and not ctx.functions and number:

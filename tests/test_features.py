@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from checked import call, check, score, state_of
-from per_sample import BatchNormError, SharedWriteError, explain, per_sample_grad
+from per_sample import BatchNormError, explain, per_sample_grad
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,13 +189,15 @@ def test_low_rank_adapters_on_a_frozen_model() -> None:
     check(lambda p, x: score(call(model, p, x)), trained, draw(6, 4))
 
 
-def test_embedding_with_a_bounded_norm_is_refused() -> None:
-    """It rescales the rows that a sample meets, in the weight itself."""
+def test_embedding_with_a_bounded_norm() -> None:
+    """It rescales the rows that a sample meets, in the weight itself: in a copy for each sample."""
     module = nn.Embedding(7, 4, max_norm=0.5, dtype=D)
-    weight = module.weight.detach().clone()
-    with pytest.raises(SharedWriteError):
-        per_sample_grad(lambda p, i: score(call(module, p, i)))(state_of(module), torch.randint(0, 7, (N, 5)))
+    weight, index = module.weight.detach().clone(), torch.randint(0, 7, (N, 5))
+    grads = per_sample_grad(lambda p, i: score(call(module, p, i)))({"weight": weight}, index)
     torch.testing.assert_close(module.weight.detach(), weight)
+    for g, i in zip(grads["weight"], index, strict=True):
+        one = weight.clone().requires_grad_()
+        torch.testing.assert_close(g, torch.autograd.grad(score(call(module, {"weight": one}, i)), one)[0])
 
 
 @pytest.mark.parametrize("where", ["an argument", "the module's own"])

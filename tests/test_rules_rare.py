@@ -114,3 +114,28 @@ def test_random_slopes(inplace: bool) -> None:
         assert ((-slopes[:, 2:] >= 0.2) & (-slopes[:, 2:] <= 0.4)).all()
     assert (same == same[:1]).all()
     assert (different[0, 2:] != different[1, 2:]).all()
+
+
+def test_strides_that_would_read_other_samples_memory_are_refused() -> None:
+    """The sample axis is the innermost one: the strides of a contiguous sample lead to its neighbours."""
+    x = real(4, N).T
+    assert x.stride() == (1, N)
+
+    def windows(p: Tensor, x: Tensor, step: int) -> Tensor:
+        return score(p * x.as_strided((2, 3), (step, step)))
+
+    with pytest.raises(UnsupportedError, match="other samples' memory"):
+        per_sample_grad(lambda p, x: windows(p, x, 1))(real(3), x)
+    with pytest.raises(UnsupportedError, match="other samples' memory"):
+        per_sample_grad(lambda p, x: windows(p, x, 2 * N))(real(3), x)
+    found = per_sample_grad(lambda p, x: windows(p, x, N))(real(3), x)
+    torch.testing.assert_close(found, per_sample_grad(lambda p, x: windows(p, x, 1))(real(3), x.contiguous()))
+
+
+def test_fractional_pooling_reads_the_first_rows_of_its_random_numbers() -> None:
+    numbers = torch.rand(4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def pooled(p: Tensor, x: Tensor) -> Tensor:
+        return F.fractional_max_pool2d(p * x, 2, 3, _random_samples=numbers)
+
+    check(lambda params, x: score(pooled(params["p"], x)), {"p": real(2, 7, 8)}, real(N, 2, 7, 8))

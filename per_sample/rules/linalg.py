@@ -67,6 +67,10 @@ def _settled(out: Any, n: int) -> Any:
     return tuple(_settled(x, n) for x in out)
 
 
+# Their derivatives take the factors of the matrix or of its transpose, as the wrapper's layout says.
+_BY_LAYOUT = (aten._linalg_det.default, aten._linalg_slogdet.default)
+
+
 def _matrices(op: OpOverload, cores: tuple[int | None, ...]) -> Any:
     places = [i for i, core in enumerate(cores) if core is not None]
 
@@ -75,6 +79,8 @@ def _matrices(op: OpOverload, cores: tuple[int | None, ...]) -> Any:
         values = _lined_up([args[i] for i in places], [core for core in cores if core is not None], n)
         if values is None:
             return NotImplemented
+        if op in _BY_LAYOUT and not args[0].is_contiguous():
+            values[0] = values[0].mT.contiguous().mT
         filled = list(args)
         for i, value in zip(places, values, strict=True):
             filled[i] = value

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from per_sample._batched import Batched, physical, samples
 from per_sample._combinators import at_rank, is_inexact
+from per_sample._errors import UnsupportedError
 from per_sample._factors import Outer
 from per_sample._kernels.onednn import linear
 from per_sample._registry import rule
@@ -46,6 +47,12 @@ def mm(self: Any, mat2: Any) -> Any:
     if _is_gradient(self, mat2):
         return Outer(self.physical, mat2.physical)
     return _matrix_product(self, mat2)
+
+
+@rule(aten._sparse_mm_reduce_impl.default)
+def sparse_mm_reduce(self: Any, other: Any, reduce: str) -> Any:
+    """Its backward kernel reads the saved positions by pointer, whatever they are."""
+    raise UnsupportedError("`torch.sparse.mm` with `reduce` has no per-sample form; use it without, or gather and reduce.")
 
 
 @rule(aten.addmm.default)

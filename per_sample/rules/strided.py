@@ -70,13 +70,12 @@ def _stays_inside(x: Any, size: Any, stride: Any, storage_offset: int | None) ->
     for own, step in sorted(zip(x.shape, x.stride(), strict=True), key=lambda axis: -axis[1]):
         if own == 1 or step == 0:
             continue
-        first = start // step
-        start -= first * step
-        along = next((axis for axis in wanted if axis[1] == step), (1, step))
-        if along in wanted:
-            wanted.remove(along)
-        if first < 0 or first + along[0] > own:
+        # Steps along this axis, several at a time or overlapping windows of them.
+        last = start // step + sum((s - 1) * (by // step) for s, by in wanted if by % step == 0)
+        if start < 0 or last >= own:
             return False
+        start %= step
+        wanted = [axis for axis in wanted if axis[1] % step]
     return start == 0 and not wanted
 
 

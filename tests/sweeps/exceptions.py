@@ -2,7 +2,6 @@
 
 # Pattern of the case's name (`sweep/...`, as in `fnmatch`) -> why it is refused, here and by vmap(grad).
 EXCEPTIONS: dict[str, str] = {
-    "ops/nn.functional.embedding*/f64/*/arg0": "`max_norm` scales the caller's table in place",
     "ops/tensor_split/*": "torch reads a tensor of positions by pointer",
     "ops/to_sparse/*": "a per-sample tensor is dense",
     "modules/nn.Transformer/eval/25/frozen": "nested tensors, whose sizes are the lengths that a padding mask leaves",
