@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 from per_sample import _fallback, _registry
@@ -16,6 +17,15 @@ aten = torch.ops.aten
 
 # Below autograd nobody resolves a lazily conjugated or negated tensor, so shared ones, too, are resolved at once.
 EAGER = {aten._conj.default: torch.conj_physical, aten._neg_view.default: torch.neg}
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    norms = torch.linalg.vector_norm(v, 2, [i for i in range(v.dim()) if i != dim], keepdim=True)
+    return v * (g / norms), norms
+
+
+# Ops with a result that torch does not differentiate although a derivative of theirs uses it: written out where the caller records.
+RECORDED = {aten._weight_norm_interface.default: _weight_norm}
 
 
 @dataclass(frozen=True, eq=False, slots=True)

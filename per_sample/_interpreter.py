@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from per_sample import _fallback, _guards, _out, _registry
 from per_sample._batched import Batched, Context, Plain, storage_of, wrap, wrap_factor, wrap_shared
-from per_sample._entries import EAGER, ENTRIES, Entry, resolve
+from per_sample._entries import EAGER, ENTRIES, RECORDED, Entry, resolve
 from per_sample._errors import PerSampleError, UnsupportedError
 from per_sample._factors import Factor
 from per_sample._fresh import own_copies
@@ -290,7 +290,7 @@ def _run_once(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
     if ctx.caller is None:
         return func(*values, **kwargs)
     with ctx.caller():
-        return func(*values, **kwargs)
+        return RECORDED.get(func, func)(*values, **kwargs)
 
 
 def _written(func: Any, entry: Entry, args: Any, out: Any) -> Any:

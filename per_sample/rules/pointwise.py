@@ -254,9 +254,12 @@ def rrelu_with_noise(self: Any, noise: Any, lower: Any = 0.125, upper: Any = 1 /
         refuse_random(op)
     x, drawn = physical(self, ctx.n), torch.empty_like(noise.physical, memory_format=torch.contiguous_format)
     if ctx.randomness == "same":
-        # Slopes are drawn where the input is negative: for one sample, everywhere.
-        op(torch.full_like(drawn[0], -1.0), drawn[0], lower, upper, True, generator)
-        drawn = torch.where(x <= 0, drawn[0], 1)
+        # As for each sample alone from the same seed: its k-th negative element takes the k-th number.
+        numbers = torch.empty_like(drawn[0]).flatten()
+        op(torch.full_like(numbers, -1.0), numbers, lower, upper, True, generator)
+        negative = (x <= 0).reshape(ctx.n, -1)
+        place = negative.cumsum(1).sub(1).clamp(min=0)
+        drawn = torch.where(negative, numbers[place], 1).view(x.shape)
     else:
         op(x.contiguous(), drawn, lower, upper, True, generator)
     noise.physical.copy_(drawn)
