@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.rnn import PackedSequence
 
 from per_sample import _trees as trees
 from per_sample._errors import ArgumentError, BatchSizeError, UnsupportedError
@@ -46,6 +47,10 @@ def check_options(fn: Any, argnums: Any, randomness: Any, chunk_size: Any) -> No
 def read(args: tuple[Any, ...], argnums: Argnums, in_dims: Any, trees: Any = trees) -> Arguments:
     """Flatten and check the positional arguments of one call; ``trees`` has the pytree functions to use."""
     numbers = _argnums(argnums, len(args))
+    if any(type(a) is PackedSequence for a in args):
+        raise UnsupportedError(
+            "A PackedSequence is no argument under `torch.compile` or for the reference; pass the padded tensor and the lengths."
+        )
     leaves, spec = trees.flatten(args)
     owner = [i for i, a in enumerate(args) for _ in trees.flatten(a)[0]]
     diff = [i in numbers for i in owner]

@@ -24,8 +24,13 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return v * (g / norms), norms
 
 
-# Ops with a result that torch does not differentiate although a derivative of theirs uses it: written out where the caller records.
-RECORDED = {aten._weight_norm_interface.default: _weight_norm}
+def _view_as_real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj())
+
+
+# Where the caller records: an op with a result that torch does not differentiate although a derivative of its own uses it, written out;
+# and one that would not know of the lazy conjugation which the caller's tensors may have.
+RECORDED = {aten._weight_norm_interface.default: _weight_norm, aten.view_as_real.default: _view_as_real}
 
 
 @dataclass(frozen=True, eq=False, slots=True)

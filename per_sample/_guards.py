@@ -22,6 +22,16 @@ def check_closure(ctx: Context, x: Tensor) -> None:
 
     Inside functorch transforms of the program's own, tensors born in the function require grad too; those are no concern.
     """
+    if ctx.accumulates and x.grad_fn is None and storage_of(x) not in ctx.born:
+        raise UnsupportedError(
+            f"A reentrant checkpoint closes over a tensor of shape {list(x.shape)} that requires grad, and would change its `.grad`. Pass "
+            "it as an argument of the checkpointed function, or use `use_reentrant=False`."
+        )
+    if ctx.grad_mode and ctx.caller is None and _comes_from_outside(ctx, x):
+        raise Restart(ctx)
+
+
+def _comes_from_outside(ctx: Context, x: Tensor) -> bool:
     if x.grad_fn is None:
         leaves = [x]
     else:
@@ -34,8 +44,7 @@ def check_closure(ctx: Context, x: Tensor) -> None:
             if hasattr(node, "variable"):
                 leaves.append(node.variable)
             waiting += [following for following, _ in node.next_functions if following is not None]
-    if any(type(leaf) is not Batched and storage_of(leaf) not in ctx.born for leaf in leaves):
-        raise Restart(ctx)
+    return any(type(leaf) is not Batched and storage_of(leaf) not in ctx.born for leaf in leaves)
 
 
 def settle(ctx: Context) -> None:

@@ -81,7 +81,7 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         elif kind in _NO_TENSOR:
             pass
         elif isinstance(a, Tensor):
-            if a.requires_grad and ctx.grad_mode and ctx.caller is None:
+            if a.requires_grad:
                 _guards.check_closure(ctx, a)
         elif entry.nested and isinstance(a, (list, tuple)):
             values[i], inner_batched, inner_lifted = _unwrap_list(ctx, a)
@@ -177,7 +177,7 @@ def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
                 batched = True
         elif type(x) is Batched and (ctx.caller is None or x.ctx.closed):
             _guards.refuse_escaped("A list or keyword argument")
-        elif isinstance(x, Tensor) and x.requires_grad and ctx.grad_mode and ctx.caller is None:
+        elif isinstance(x, Tensor) and x.requires_grad:
             _guards.check_closure(ctx, x)
         values.append(x)
     return values, batched, lifted

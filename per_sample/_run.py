@@ -97,6 +97,11 @@ def _raise_typed(err: Exception) -> None:
             "Something inside the function reads the numbers of a per-sample tensor directly: `torch.tensor([...])` of such tensors "
             f"(use `torch.stack`), `tensor_split` at per-sample places, or C++ code of its own. {err}"
         ) from err
+    if isinstance(err, RuntimeError) and "vmap: inplace arithmetic" in str(err):
+        raise UnsupportedError(
+            "A value that differs under the `vmap` around this transform is written into a tensor that does not; build it out of place. "
+            f"{err}"
+        ) from err
     if isinstance(err, ValueError) and "Expected more than 1 value per channel" in str(err):
         raise BatchNormError(f"Batch normalisation in training mode mixes samples; call `module.eval()`. torch says: {err}") from err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +99,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
     """Equal up to what the order of sums may change in a deep network."""
     if not y.is_floating_point() and not y.is_complex():
         return torch.equal(x, y)
+    x = x.to(y.dtype)
     tolerance = min(0.1, 200 * torch.finfo(y.dtype).eps ** 0.75)
     scale = float(y.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if y.numel() else 0.0
     return torch.allclose(x, y, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
@@ -114,9 +116,11 @@ class _Call:
         self.dims = self._axes(self.leaves)
         self.random = random_states([*self.trained.values(), *self.leaves])
         self.versions = self._versions()
+        kinds = {x.device.type for x in (*self.trained.values(), *self.tensors())}
+        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds if kind != "meta"]
 
     def _versions(self) -> list[int]:
-        return [x._version for x in (*self.trained.values(), *self.tensors())]
+        return [x._version for x in (*self.trained.values(), *self.tensors()) if not x.is_inference()]
 
     def tensors(self) -> list[Tensor]:
         return [_data(x) for x in self.leaves if _is_tensor(x)]
@@ -200,9 +204,12 @@ class _Call:
         now = random_states([*params.values(), *self.tensors()])
         for restore in self.random:
             restore()
-        (grads, of_inputs), found = per_sample_grad(loss, 0, dims, has_aux=True, randomness="different")(
-            (params, inputs), fixed, cotangents
-        )
+        transform = per_sample_grad(loss, 0, dims, has_aux=True, randomness="different")
+        with ExitStack() as context:
+            # As torch recommends, the backward pass is called outside of autocast.
+            for kind, dtype, enabled in self.autocast:
+                context.enter_context(torch.autocast(kind, dtype, enabled=enabled))
+            (grads, of_inputs), found = transform((params, inputs), fixed, cotangents)
         for restore in now:
             restore()
         return (

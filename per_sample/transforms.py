@@ -128,7 +128,7 @@ def _grad_and_value(fn: Callable[..., Any], options: tuple[Any, ...], args: tupl
     program = Program(fn, kwargs, has_aux, keep_batch_dim, randomness)
     arguments = _arguments.read(args, argnums, in_dims)
     # One by one, so that a chunk's factors are gone before the next one runs.
-    pieces = [(_materialized(outcome), outcome.samples) for outcome in outcomes(program, arguments, chunk_size)]
+    pieces = [(_materialized(outcome, arguments.leaves), outcome.samples) for outcome in outcomes(program, arguments, chunk_size)]
     if not pieces:
         leaves, values, aux = _of_nobody(arguments, has_aux)
     else:
@@ -181,24 +181,27 @@ def _groups(
         yield from _groups(program, arguments, part, len(group), numbers, recorder)
 
 
-def _materialized(outcome: Outcome) -> tuple[list[Tensor], Tensor, Any]:
+def _materialized(outcome: Outcome, inputs: list[Any]) -> tuple[list[Tensor], Tensor, Any]:
     functional = outcome.ctx.functional
     leaves = [f.materialize(functional=functional) for f in outcome.factors]
     if not functional:
-        _separate(leaves)
+        _separate(leaves, inputs)
     return leaves, outcome.values, outcome.aux
 
 
-def _separate(leaves: list[Tensor]) -> None:
+def _separate(leaves: list[Tensor], inputs: list[Any]) -> None:
     """Equal gradients, such as those of an LSTM's two biases, in memory of their own: the caller may scale them in place."""
-    seen: set[int] = set()
+    seen = {_address(x) for x in inputs}
     for i, leaf in enumerate(leaves):
-        # Other types of tensors (fake ones) have no address.
-        place = leaf.data_ptr() if type(leaf) is Tensor else 0
-        if place in seen:
+        place = _address(leaf)
+        if place and place in seen:
             leaves[i] = leaf.clone()
-        elif place:
-            seen.add(place)
+        seen.add(place)
+
+
+def _address(x: Any) -> int:
+    """Where a tensor's numbers begin; 0 for what has no memory of its own (fake tensors, wrappers)."""
+    return x.data_ptr() if type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided else 0
 
 
 def _joined(pieces: list[Any]) -> tuple[list[Tensor], Tensor, Any]:
@@ -211,7 +214,7 @@ def _joined(pieces: list[Any]) -> tuple[list[Tensor], Tensor, Any]:
         if all(isinstance(p, Tensor) and p.shape[1:] == first.shape[1:] and p.dtype == first.dtype for p in parts):
             whole = torch.cat(parts)
             return whole if order is None else whole[order.to(whole.device)]
-        if any(isinstance(p, Tensor) for p in parts) or len({repr(p) for p in parts}) > 1:
+        if any(isinstance(p, Tensor) for p in parts) or any(not _same(first, p) for p in parts):
             shown = [f"a tensor {list(p.shape)} of {p.dtype}" if isinstance(p, Tensor) else repr(p) for p in (first, parts[-1])]
             raise ArgumentError(f"`aux` differs between samples that ran apart (`chunk_size`, groups): {shown[0]} and {shown[1]}.")
         return first
@@ -222,6 +225,14 @@ def _joined(pieces: list[Any]) -> tuple[list[Tensor], Tensor, Any]:
         raise ArgumentError("`aux` must have the same structure for all samples, also for those that ran apart (`chunk_size`, groups).")
     joined: tuple[list[Tensor], Tensor, Any] = trees.map(join, *found)
     return joined
+
+
+_COMPARED = (int, float, complex, str, bytes, frozenset, set, torch.dtype, torch.device, torch.Size)
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Equality of plain values, NaN among them; of other objects nobody can tell."""
+    return x is y or (type(x) is type(y) and isinstance(x, _COMPARED) and repr(x) == repr(y))
 
 
 def _of_nobody(arguments: Arguments, has_aux: bool) -> tuple[list[Tensor], Tensor, Any]:

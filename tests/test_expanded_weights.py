@@ -268,3 +268,15 @@ def test_no_second_derivative():
 def test_batch_norm_in_training_is_refused():
     with pytest.raises(BatchNormError):
         call_for_per_sample_grads(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double())(images(4)).sum().backward()
+
+
+def test_autocast_around_the_forward_pass_holds_in_the_backward_pass():
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(N, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call_for_per_sample_grads(module)(x)
+        expected = [torch.autograd.grad(module(x[i : i + 1]).float().sum(), list(module.parameters())) for i in range(N)]
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    for p, *rows in zip(module.parameters(), *expected, strict=True):
+        torch.testing.assert_close(p.grad_sample, torch.stack(rows), rtol=0.02, atol=0.02)

@@ -58,8 +58,10 @@ def _rows_by_experts(rows: Tensor, weights: Tensor, ends: Tensor, dtype: Any, *,
 def _experts_gradient(left: Tensor, right: Tensor, ends: Tensor, dtype: Any) -> Tensor:
     """Groups of rows of one sample after the other; rows of no group are zeroed, since they fall into the next sample's first."""
     n, k, s = left.shape
+    # In both operands: zero times a NaN of this sample's would be a NaN of the next one's.
     none = (_groups(ends, s) == ends.shape[1]).unsqueeze(2)
     flat = right.masked_fill(none, 0).reshape(n * s, -1)
+    left = left.masked_fill(none.mT, 0)
     last = (ends + s * torch.arange(n, device=ends.device, dtype=ends.dtype).unsqueeze(1)).flatten()
     # The kernel wants rows that begin at multiples of 16 bytes, as those of the program do.
     out = _grouped(left.transpose(1, 2).reshape(n * s, k).contiguous().t(), flat, last, dtype)

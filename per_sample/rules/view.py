@@ -33,7 +33,6 @@ table(
 )
 table(
     as_is,
-    aten.view_as_real.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
 )
@@ -96,6 +95,12 @@ def unsafe_view(self: Any, size: Any) -> Any:
     if self.factor is not None and math.prod(self.shape):
         return wrap_factor(self.ctx, reshape_factor(self.factor, size))
     return self.physical.reshape(self.n, *size)
+
+
+@rule(aten.view_as_real.default)
+def view_as_real(self: Any) -> Any:
+    """Where a caller records, its tensors may be lazily conjugated."""
+    return torch.view_as_real(self.physical.resolve_conj())
 
 
 @rule(aten._reshape_alias.default)
