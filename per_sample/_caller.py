@@ -43,23 +43,12 @@ class Restart(BaseException):
     None of these: a closed-over tensor turned out to require grad, and the caller's context must be kept.
     """
 
-    def __init__(
-        self,
-        ctx: Context,
-        *,
-        copies: int = 0,
-        expands: int = 0,
-        functions: bool = False,
-        accumulates: bool = False,
-        groups: list[list[int]] | None = None,
-    ) -> None:
+    def __init__(self, ctx: Context, *, groups: list[list[int]] | None = None, **needs: int) -> None:
         super().__init__()
         self.ctx = ctx
-        self.copies = copies
-        self.expands = expands
-        self.functions = functions
-        self.accumulates = accumulates
         self.groups = groups
+        # Fields of the next run's ``Context``.
+        self.needs = needs
         # So that it is not lost in an `except` of the program's.
         ctx.restart = self
 

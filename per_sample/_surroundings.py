@@ -46,31 +46,23 @@ def in_context(
     n: int,
     randomness: str,
     recorder: Recorder | None = None,
-    *,
-    splits: bool = False,
-    empty: bool = False,
+    **settings: bool,
 ) -> tuple[Context, T]:
-    """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter."""
+    """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter; ``settings``: more fields of the ``Context``."""
     grad_mode = torch.is_grad_enabled()
     # Where another transform runs around this one, its tensors must not look like this one's.
     depth = sum(isinstance(mode, Interpreter) for mode in _get_current_dispatch_mode_stack())
+    differentiates = _differentiates(tensors, grad_mode)
     below_functorch = _functorch.peek_interpreter_stack() is not None
-    differentiates = (
-        torch.autograd.forward_ad._current_level >= 0
-        or (grad_mode and any(is_recorded(t) for t in tensors))
-        or (below_functorch and has_derivative_level())
-    )
     keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or depth > 0
     tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
     restores = random_states(tensors) if randomness != "error" and not tracing else []
-    copies = expands = 0
-    functions = accumulates = False
     recorded = recorder.copy() if recorder is not None else {}
+    needs: dict[str, int] = {}
     while True:
-        ctx = Context(n, randomness, grad_mode=grad_mode, functional=keeps_caller or tracing, recorder=recorder)
+        ctx = Context(n, randomness, depth, grad_mode=grad_mode, recorder=recorder, **settings, **needs)  # type: ignore[arg-type]
+        ctx.functional = keeps_caller or tracing
         ctx.simple = recorder is None and not keeps_caller
-        ctx.copies, ctx.expands, ctx.functions = copies, expands, functions
-        ctx.depth, ctx.splits, ctx.empty, ctx.accumulates = depth, splits, empty, accumulates
         try:
             with _inside(ctx, fn, keeps_caller, differentiates):
                 out = body(ctx)
@@ -86,16 +78,22 @@ def in_context(
                 recorded = recorder.copy()
             if restart.groups is not None:
                 raise Split(restart.groups) from None
-            copies = max(copies, restart.copies)
-            expands = max(expands, restart.expands)
-            functions |= restart.functions
-            accumulates |= restart.accumulates
-            if not (restart.copies or restart.expands or restart.functions or restart.accumulates):
-                keeps_caller = differentiates = True
-            continue
+            needs |= {name: max(level, needs.get(name, 0)) for name, level in restart.needs.items()}
+            keeps_caller |= not restart.needs
+            differentiates |= not restart.needs
+        else:
+            return ctx, out
         finally:
             ctx.forget()
-        return ctx, out
+
+
+def _differentiates(tensors: list[Tensor], grad_mode: bool) -> bool:
+    """Whether the caller will want derivatives of the result."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or (grad_mode and any(is_recorded(t) for t in tensors))
+        or (_functorch.peek_interpreter_stack() is not None and has_derivative_level())
+    )
 
 
 @contextmanager
