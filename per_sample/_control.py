@@ -46,6 +46,8 @@ def _turns(cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried: An
     alive: Any = True
     while True:
         alive = alive & _bare(cond_fn(*carried, *additional))
+        if is_batched(alive) and alive.ctx.empty:
+            value_of(alive, "The condition of `torch.while_loop`")
         if not bool(alive.physical.any() if is_batched(alive) else alive):
             return turns
         new = pytree.tree_leaves(body_fn(*carried, *additional))

@@ -80,6 +80,9 @@ def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any
     except Exception as err:
         if not ctx.functions and _came_from_control_flow(err):
             raise Restart(ctx, functions=True) from err
+        if ctx.empty and isinstance(err, (IndexError, torch.linalg.LinAlgError)):  # type: ignore[attr-defined]
+            # An index or a matrix of zeros that no sample has.
+            raise Restart(ctx, groups=[]) from err
         _raise_typed(err)
         raise
 
@@ -113,6 +116,7 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
     """What fn receives, and the leaves to differentiate."""
     inputs: list[Any] = []
     targets: list[Tensor] = []
+    known: dict[tuple[int, int | None], Tensor] = {}
     for leaf, dim, diff in zip(leaves, arguments.dims, arguments.diff, strict=True):
         if not isinstance(leaf, Tensor):
             inputs.append(leaf)
@@ -120,10 +124,15 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
         if dim is None and not diff and leaf.layout is not torch.strided:
             inputs.append(leaf)
             continue
+        if not diff and (id(leaf), dim) in known:
+            # What is written into one argument shows in the other.
+            inputs.append(known[id(leaf), dim])
+            continue
         lifted = lift(leaf, dim, ctx)
         if diff:
             targets.append(lifted.requires_grad_())
         inputs.append(lifted.unsqueeze(0) if dim is not None and keep_batch_dim else lifted)
+        known[id(leaf), dim] = inputs[-1]
     return inputs, targets
 
 

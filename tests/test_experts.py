@@ -48,6 +48,20 @@ def test_grouped_products(dims, full):
     assert routes <= {"rule", "shared"}
 
 
+def test_rows_of_no_expert_reach_no_other_sample():
+    experts = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ends = torch.tensor([[4, 12], [3, 16], [8, 10], [1, 2]], dtype=torch.int32)
+
+    def fn(w: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        y = torch._grouped_mm(x, w, offs=ends)
+        return torch.where((torch.arange(16) < ends[-1])[:, None], y, 0.0).float().sin().sum()
+
+    clean = per_sample_grad(fn)(experts, rows, ends)
+    rows[0, 14] = float("nan")
+    assert torch.equal(per_sample_grad(fn)(experts, rows, ends)[1:], clean[1:])
+
+
 COUNTS = {
     "histc": lambda x: (torch.histc(x, 4, 0, 3),),
     "histc-outside": lambda x: (torch.histc(x, 7, -1, 2.5),),
