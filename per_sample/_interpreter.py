@@ -28,6 +28,7 @@ from per_sample._shapes import check_result
 aten = torch.ops.aten
 
 
+_in_inference_mode = torch.is_inference_mode_enabled
 _DETACH = aten.detach.default
 _NO_TENSOR = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
@@ -46,13 +47,14 @@ class Interpreter(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.ctx.complex:
+        ctx = self.ctx
+        if ctx.complex:
             see_conjugates()
-        if torch.is_inference_mode_enabled():
+        if _in_inference_mode():
             # A wrapper made in inference mode cannot become a view of one made outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                return dispatch(self.ctx, func, args, kwargs or {})
-        return dispatch(self.ctx, func, args, kwargs or {})
+                return dispatch(ctx, func, args, kwargs or {})
+        return dispatch(ctx, func, args, kwargs or {})
 
 
 def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
