@@ -11,7 +11,7 @@ from torch._higher_order_ops import while_loop
 from torch.utils.checkpoint import checkpoint
 
 from case import score
-from per_sample import UnsupportedError, options, per_sample_grad
+from per_sample import UnsupportedError, explain, options, per_sample_grad
 from tree_oracle import assert_close, loop
 
 D = torch.float64
@@ -44,6 +44,28 @@ def test_writes_into_arguments_and_into_tensors_of_its_own(closed):
     assert_close(per_sample_grad(fn, in_dims=(None, 0, None))(W, samples, shared), expected)
     assert torch.equal(samples, X)
     assert torch.equal(shared, s)
+
+
+def test_what_all_samples_share_stays_shared_when_fresh_tensors_are_written():
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        y = torch.zeros(4, 4, dtype=D)
+        y[0] = x[0]
+        return score((w * w).tanh() @ y)
+
+    assert_close(per_sample_grad(fn)(W, X), loop(fn, (0,), (None, 0))(W, X)[0])
+    routes = {row.op: row.route for row in explain(fn)(W, X).rows if row.op in ("aten.tanh.default", "aten.mm.default")}
+    assert routes == {"aten.tanh.default": "shared", "aten.mm.default": "rule"}
+
+
+def test_one_tensor_as_two_arguments_shows_what_is_written_into_either():
+    def fn(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(2)
+        return score(w * y)
+
+    samples = X.clone()
+    expected = loop(lambda w, x: score(w * (2 * x)), (0,), (None, 0))(W, X)[0]
+    assert_close(per_sample_grad(fn)(W, samples, samples), expected)
+    assert torch.equal(samples, X)
 
 
 def test_a_number_of_eight_bits_without_a_sign_is_a_mask():

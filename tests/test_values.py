@@ -29,6 +29,10 @@ def by_mask(w: Tensor, x: Tensor) -> Tensor:
     return w[:, kept].square().sum() + x[kept].sum() * w.sum() + rows.sum() * w[0, 0] + torch.masked_select(x, kept).prod() * w[1].sum()
 
 
+def by_selection(w: Tensor, x: Tensor) -> Tensor:
+    return torch.masked_select(w * x, x > 0).sin().sum()
+
+
 def by_several_indices(w: Tensor, x: Tensor) -> Tensor:
     even, kept = torch.arange(4) % 2 == 0, x > 0
     out = (w * x).clone()
@@ -53,7 +57,7 @@ def by_list(w: Tensor, x: Tensor) -> Tensor:
     return sum((row.sum() for row, keep in zip(w, (x > 0).tolist(), strict=False) if keep), w.sum() * 0)
 
 
-BRANCHES = {f.__name__: f for f in (by_sum, by_mask, by_several_indices, by_unique, by_number, by_list)}
+BRANCHES = {f.__name__: f for f in (by_sum, by_mask, by_selection, by_several_indices, by_unique, by_number, by_list)}
 
 
 @pytest.mark.parametrize("name", BRANCHES)
