@@ -8,7 +8,7 @@ from torch import Tensor
 
 from case import score
 from per_sample import per_sample_grad
-from tree_oracle import assert_close
+from tree_oracle import assert_close, loop
 
 D = torch.float64
 N = 6
@@ -50,3 +50,17 @@ def test_matrices_of_any_layout_and_their_outer_derivatives(name, layout, sample
     weights = torch.arange(grads.numel(), dtype=D).cos().view_as(grads)
     found, wanted = (torch.autograd.grad((g * g * weights).sum(), w)[0] for g in (grads, expected))
     assert_close(found / wanted.abs().max(), wanted / wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", ["own", "shared", "least squares"])
+def test_complex_matrices_that_torch_conjugates_lazily(name):
+    generator = torch.Generator().manual_seed(4)
+    w = torch.randn(4, 3, dtype=torch.complex128, generator=generator)
+    samples = torch.randn(N, 4, 3, dtype=torch.complex128, generator=generator)
+
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        if name == "least squares":
+            return score(torch.linalg.lstsq(w, x).solution)
+        return score(torch.linalg.pinv(w + x) if name == "own" else torch.linalg.pinv(w) * x.mH)
+
+    assert_close(per_sample_grad(fn)(w, samples), loop(fn, (0,), (None, 0))(w, samples)[0])
