@@ -7,7 +7,7 @@ import inspect
 import sys
 from contextlib import ExitStack, contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.utils.hooks
@@ -121,12 +121,29 @@ def _refuse_custom_function() -> None:
         if frame.f_code is _APPLY:
             name = getattr(frame.f_locals.get("cls"), "__name__", "a custom function")
         if name is not None:
-            raise UnsupportedError(
-                f"`{name}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: "
-                "its `backward` would be ignored in the outer derivative. Write it with differentiable torch ops, or detach "
-                "the arguments (or use torch.no_grad()) where the outer derivative is not wanted."
-            )
+            _refuse(name)
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def refuse_custom_nodes(loss: Tensor) -> None:
+    """The same for a custom function that runs no op of its own in ``forward``, which later versions show in the graph alone."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            _refuse(type(node).__name__.removesuffix("Backward"))
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _refuse(name: str) -> NoReturn:
+    raise UnsupportedError(
+        f"`{name}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: its `backward` would be "
+        "ignored in the outer derivative. Write it with differentiable torch ops, or detach the arguments (or use torch.no_grad()) where "
+        "the outer derivative is not wanted."
+    )
 
 
 def _custom_forwards() -> dict[CodeType, str]:
@@ -134,7 +151,7 @@ def _custom_forwards() -> dict[CodeType, str]:
 
     The function of a module's backward hooks runs no op of its own in ``forward``, so it is known by who calls it.
     """
-    found = {torch.utils.hooks.BackwardHook._apply_on_tensors.__code__: "A backward hook"}
+    found = {torch.utils.hooks.BackwardHook._apply_on_tensors.__code__: "BackwardHookFunction"}
     waiting: list[Any] = [torch.autograd.Function]
     while waiting:
         cls = waiting.pop()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from per_sample import _trees as trees
 from per_sample._batched import Batched, Context, wrap, wrap_shared
-from per_sample._caller import Restart
+from per_sample._caller import Restart, refuse_custom_nodes
 from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
 from per_sample._factors import Dense, Factor
 from per_sample._guards import refuse_escaped
@@ -230,6 +230,8 @@ def differentiate(loss: Tensor, targets: list[Tensor], ctx: Context) -> list[Fac
 def _gradients(loss: Tensor, targets: list[Tensor], ctx: Context) -> Sequence[Tensor | None]:
     # Some of torch's formulas take what the forward pass saved, which the caller could not differentiate, unless grad mode is on.
     again = ctx.caller is not None and ctx.caller.differentiates
+    if again:
+        refuse_custom_nodes(loss)
     try:
         return torch.autograd.grad(loss, targets, allow_unused=True, create_graph=again)
     except RuntimeError as err:

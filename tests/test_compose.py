@@ -301,6 +301,29 @@ def test_custom_function_is_refused_where_its_backward_would_be_ignored():
         through_autograd(per_sample_grad, straight_loss)
 
 
+class Reversed(torch.autograd.Function):
+    """Runs no op of its own in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def test_a_custom_function_that_returns_its_argument_is_refused_just_so():
+    def reversed_loss(p, x, y):
+        return loss({k: Reversed.apply(v * v) for k, v in p.items()}, x, y)
+
+    grads = per_sample_grad(reversed_loss)(params(), X, Y)
+    expected = per_sample_grad(lambda p, x, y: loss({k: v * v for k, v in p.items()}, x, y))(params(), X, Y)
+    torch.testing.assert_close(grads, {k: -g for k, g in expected.items()})
+    with pytest.raises(UnsupportedError, match="Reversed"):
+        through_autograd(per_sample_grad, reversed_loss)
+
+
 def test_custom_function_under_outer_vmap():
     actual = vmap(lambda p: per_sample_grad(straight_loss)(p, X, Y))(STACKED)
     for i in range(2):
