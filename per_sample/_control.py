@@ -15,10 +15,8 @@ from per_sample._values import value_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from per_sample._batched import Context
 
-
-def cond(ctx: Context, pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
+def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
     """One branch is run, as by an ``if``; `where` on both would spread the NaN of the branch not taken through its gradient."""
     pred = _bare(pred)
     if is_batched(pred):
@@ -26,7 +24,7 @@ def cond(ctx: Context, pred: Any, true_fn: Callable[..., Any], false_fn: Callabl
     return true_fn(*operands) if bool(pred) else false_fn(*operands)
 
 
-def while_loop(ctx: Context, cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried: Any, additional: Any = ()) -> Any:
+def while_loop(cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried: Any, additional: Any = ()) -> Any:
     """The number of turns is found first, without gradients, so that the batch is split once.
 
     Torch hands over the leaves of what is carried, and takes them back.

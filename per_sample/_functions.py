@@ -37,7 +37,7 @@ class FunctionMode(TorchFunctionMode):
         if func in _CONTROL:
             # Torch takes a mode away while it handles a call, and what branches and bodies call must be caught as well.
             with self:
-                return _CONTROL[func](self.ctx, *args, **kwargs)
+                return _CONTROL[func](*args, **kwargs)
         with torch.backends.cudnn.flags(enabled=False) if func in _RECURRENT else nullcontext():
             return func(*args, **kwargs)
 
