@@ -29,7 +29,10 @@ def while_loop(cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried
 
     Torch hands over the leaves of what is carried, and takes them back.
     """
-    turns = _turns(cond_fn, body_fn, carried, additional)
+    devices = {x.device.index for x in (*carried, *additional) if isinstance(x, Tensor) and x.device.type == "cuda"}
+    # What the loop draws must be the same in both passes.
+    with torch.random.fork_rng(devices):
+        turns = _turns(cond_fn, body_fn, carried, additional)
     if is_batched(turns):
         turns = value_of(turns, "The number of turns of `torch.while_loop`", split=True)
     for _ in range(int(turns)):

@@ -132,7 +132,9 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
         if diff:
             targets.append(lifted.requires_grad_())
         inputs.append(lifted.unsqueeze(0) if dim is not None and keep_batch_dim else lifted)
-        known[id(leaf), dim] = inputs[-1]
+        if not diff:
+            # Not where it is differentiated: the other argument may be the same tensor, held fixed.
+            known[id(leaf), dim] = inputs[-1]
     return inputs, targets
 
 

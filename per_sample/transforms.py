@@ -243,7 +243,7 @@ def _of_nobody(arguments: Arguments, has_aux: bool) -> tuple[list[Tensor], Tenso
     own = [arguments.dims[i] for i, diff in enumerate(arguments.diff) if diff and isinstance(arguments.leaves[i], Tensor)]
     shapes = [leaf.shape if dim is None else leaf.movedim(dim, 0).shape[1:] for leaf, dim in zip(leaves, own, strict=True)]
     grads = [leaf.new_zeros((0, *shape)) for leaf, shape in zip(leaves, shapes, strict=True)]
-    return grads, torch.zeros(0, dtype=leaves[0].real.dtype if leaves[0].is_complex() else leaves[0].dtype), None
+    return grads, leaves[0].real.new_zeros(0), None
 
 
 def _emptied(x: Any) -> Any:

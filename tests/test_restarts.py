@@ -68,6 +68,42 @@ def test_one_tensor_as_two_arguments_shows_what_is_written_into_either():
     assert torch.equal(samples, X)
 
 
+def test_one_tensor_differentiated_and_held_fixed():
+    def fn(w: Tensor, fixed: Tensor, x: Tensor) -> Tensor:
+        return score(w * fixed * x)
+
+    expected = loop(lambda w, x: fn(w, W.clone(), x), (0,), (None, 0))(W, X)[0]
+    assert_close(per_sample_grad(fn, 0, (None, None, 0))(W, W, X), expected)
+    assert_close(per_sample_grad(fn, 0, (0, 0, 0))(X, X, X), loop(fn, (0,), (0, 0, 0))(X, X.clone(), X.clone())[0])
+
+
+def test_a_split_batch_is_differentiated_again():
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        return score(w * x) if x.sum() > 0 else score(w @ x).sin()
+
+    w = W.clone().requires_grad_()
+    with options(split_batch=True):
+        assert explain(fn)(W, X).runs == 2
+        grads = per_sample_grad(fn)(w, X)
+    expected = torch.stack([torch.autograd.grad(fn(w, x), w, create_graph=True)[0] for x in X])
+    found, wanted = (torch.autograd.grad(score(g), w)[0] for g in (grads, expected))
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_a_loop_until_random_numbers_are_large_enough(randomness):
+    def fn(w: Tensor, x: Tensor) -> Any:
+        def body(h: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+            return h * 1.5, total + torch.rand(3, dtype=D)
+
+        h, total = while_loop(lambda h, total: total.sum() < 4, body, (w * x, torch.zeros(3, dtype=D)))
+        return h.sum(), total
+
+    _, totals = per_sample_grad(fn, has_aux=True, randomness=randomness)(W, X)
+    assert (totals.sum(1) >= 4).all()
+    assert (totals.sum(1) < 7).all()
+
+
 def test_a_number_of_eight_bits_without_a_sign_is_a_mask():
     numbers = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.uint8)
     with options(split_batch=True):
