@@ -78,7 +78,8 @@ def _argnums(argnums: Argnums, count: int) -> tuple[int, ...]:
     for i in numbers:
         if not -count <= i < count:
             raise ArgumentError(f"`argnums` names argument {i}, but fn was called with {count} positional argument(s).")
-    wrapped = tuple(i % count for i in numbers)
+    # Under torch.compile a number may be symbolic, and only a comparison makes it one to look up.
+    wrapped = tuple(k for i in numbers for k in range(count) if i % count == k)
     if len(set(wrapped)) != len(wrapped):
         raise ArgumentError(f"`argnums` names an argument twice: {argnums!r}.")
     return wrapped

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.utils.weak import TensorWeakRef
 
 from per_sample._conversions import Conversions
 from per_sample._errors import EscapedError, RuleError
@@ -58,6 +59,8 @@ class Context:
     empty: bool = False
     # Gradients are accumulated by `backward`, as reentrant checkpoints want it.
     accumulates: bool = False
+    # Gradients are reduced when the backward pass is over, not as they arrive.
+    after: bool = False
     # Samples whose values lead different ways may run apart.
     splits: bool = False
     # Storages of the caller's tensors, which no in-place op may reach.
@@ -66,12 +69,10 @@ class Context:
     viewed: dict[int | None, Tensor] = field(default_factory=dict)
     # Likewise tensors whose views are copies here, so that a write would not show in both.
     split: dict[int | None, Tensor] = field(default_factory=dict)
-    # Gradients that have views while still factored, by origin.
-    related: set[int] = field(default_factory=set)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
-    # Factored values not yet materialised, by id: an in-place op must not change their operands.
-    pending: dict[int, Batched] = field(default_factory=dict)
+    # Factored values not yet materialised, by id: an in-place op must not change their operands. Nobody asks for those that have died.
+    pending: dict[int, TensorWeakRef] = field(default_factory=dict)
 
     def borrow(self, x: Tensor) -> None:
         """Remember a tensor of the caller's, so that no in-place op of the program changes it."""
@@ -127,6 +128,13 @@ def storage_of(x: Tensor) -> int | None:
         return None
 
 
+@dataclass(eq=False, slots=True)
+class Origin:
+    """A factored gradient as it was made; ``viewed``: there are views of it."""
+
+    viewed: bool = False
+
+
 class Batched(Conversions, torch.Tensor):
     """One sample's view of a batch.
 
@@ -138,7 +146,7 @@ class Batched(Conversions, torch.Tensor):
     shared: bool = False
     factor: Factor | None = None
     # What a factored gradient and its views have in common.
-    origin: object = None
+    origin: Origin | None = None
     _value: Tensor | None = None
     # Set by the interpreter, which this module cannot import.
     interpret: ClassVar[Callable[[Context, Any, Any, Any], Any]]
@@ -159,7 +167,7 @@ class Batched(Conversions, torch.Tensor):
             self._value = value
             self.factor = None
             ctx.pending.pop(id(self), None)
-            if id(self.origin) in ctx.related:
+            if self.origin is not None and self.origin.viewed:
                 ctx.split[storage_of(value)] = value
         return value
 
@@ -242,10 +250,12 @@ def wrap_factor(ctx: Context, factor: Factor, parent: Batched | None = None) -> 
     _no_pointer(out)
     out.ctx = ctx
     out.factor = factor
-    out.origin = object() if parent is None else parent.origin
-    if parent is not None:
-        ctx.related.add(id(parent.origin))
-    ctx.pending[id(out)] = out
+    if parent is None or parent.origin is None:
+        out.origin = Origin()
+    else:
+        out.origin = parent.origin
+        out.origin.viewed = True
+    ctx.pending[id(out)] = TensorWeakRef(out)
     return out
 
 

@@ -8,7 +8,8 @@ out by ``_Runner``, and only the physical ops reach the final graph.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,35 +17,17 @@ from torch import Tensor
 from torch._higher_order_ops.base_hop import BaseHOP
 
 from per_sample import _arguments, _torch_trees
-from per_sample._batched import Context
+from per_sample._backward import differentiate, read_out
+from per_sample._batched import Batched, Context
 from per_sample._errors import DataDependentError, UnsupportedError
-from per_sample._factors import Factor
-from per_sample._run import check_scalar, differentiate, lift, read_out, split_aux
+from per_sample._marks import TracedGrads, answered, ops
+from per_sample._run import check_output, lift, split_aux
 from per_sample._surroundings import in_context
+from per_sample._targets import Targets
+from per_sample.quantities.leaf import LeafGrads
 
-_library = torch.library.Library("per_sample", "FRAGMENT")
-# `dim` is the sample axis, -1 for a tensor that the samples share.
-_library.define("sample(Tensor x, int dim) -> Tensor")
-_library.define("leaf(Tensor x, int dim) -> Tensor")
-_library.define("gradient(Tensor loss, Tensor[] leaves, SymInt n) -> Tensor[]")
-_library.define("read_out(Tensor x, SymInt n) -> Tensor")
-_ops = torch.ops.per_sample
-
-
-@torch.library.register_fake("per_sample::sample", lib=_library)
-@torch.library.register_fake("per_sample::leaf", lib=_library)
-def _one(x: Tensor, dim: int) -> Tensor:
-    return torch.empty_like(x if dim < 0 else x.select(dim, 0))
-
-
-@torch.library.register_fake("per_sample::gradient", lib=_library)
-def _gradient(loss: Tensor, leaves: list[Tensor], n: int) -> list[Tensor]:
-    return [x.new_empty((n, *x.shape)) for x in leaves]
-
-
-@torch.library.register_fake("per_sample::read_out", lib=_library)
-def _read_out(x: Tensor, n: int) -> Tensor:
-    return x.new_empty((n, *x.shape))
+if TYPE_CHECKING:
+    from per_sample._targets import Convention
 
 
 class PerSample(BaseHOP):
@@ -74,13 +57,26 @@ per_sample = PerSample()
 def _batch_size(subgraph: Any, operands: tuple[Any, ...]) -> Any:
     placeholders = dict(zip(subgraph.graph.find_nodes(op="placeholder"), operands, strict=True))
     for node in subgraph.graph.nodes:
-        if node.target in (_ops.sample.default, _ops.sample, _ops.leaf.default, _ops.leaf) and node.args[1] >= 0:
+        if node.target in (ops.sample.default, ops.sample, ops.leaf.default, ops.leaf) and node.args[1] >= 0:
             return placeholders[node.args[0]].shape[node.args[1]]
     raise AssertionError("a per-sample subgraph without a batched input")
 
 
+class _ReadOut:
+    """A value of the function's, as opposed to one that was computed from its gradients."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 def _outside(x: Any, ctx: Context) -> Any:
-    return x.materialize(functional=True) if isinstance(x, Factor) else read_out(x, ctx)
+    if isinstance(x, LeafGrads):
+        return x.materialize()
+    return read_out(x.value, ctx) if isinstance(x, _ReadOut) else _bare(x, ctx)
+
+
+def _bare(x: Any, ctx: Context) -> Any:
+    return x.physical if type(x) is Batched and x.ctx is ctx else x
 
 
 class _Runner(torch.fx.Interpreter):
@@ -89,7 +85,8 @@ class _Runner(torch.fx.Interpreter):
     def __init__(self, subgraph: Any, ctx: Context) -> None:
         super().__init__(subgraph)
         self.ctx = ctx
-        self.targets: dict[int, Tensor] = {}
+        # Nothing is left but what is computed from the gradients.
+        self.over = False
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         x = super().placeholder(target, args, kwargs)
@@ -97,52 +94,74 @@ class _Runner(torch.fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         packet = getattr(target, "overloadpacket", target)
-        if packet in (_ops.sample, _ops.leaf):
+        if packet in (ops.sample, ops.leaf):
             x, dim = args
             value = lift(x.physical, None if dim < 0 else dim, self.ctx)
-            return value.requires_grad_() if packet is _ops.leaf else value
-        if packet is _ops.gradient:
+            return value.requires_grad_() if packet is ops.leaf else value
+        if packet is ops.read_out:
+            return _ReadOut(args[0])
+        if packet is ops.gradient:
+            self.over = True
             loss, leaves, _ = args
-            return differentiate(loss, leaves, self.ctx)
-        if packet is _ops.read_out:
-            return args[0]
-        return super().call_function(target, args, kwargs)
+            return [LeafGrads(factor, functional=True) for factor in differentiate(loss, leaves, self.ctx)]
+        if packet is ops.ask:
+            return self._tail(answered, args, kwargs)
+        return self._tail(super().call_function, (target, args, kwargs), {}) if self.over else super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._tail(super().call_method, (target, args, kwargs), {}) if self.over else super().call_method(target, args, kwargs)
+
+    def _tail(self, f: Any, args: Any, kwargs: Any) -> Any:
+        """The function has run: what is made of its gradients is computed where the caller stands."""
+        args, kwargs = pytree.tree_map(lambda x: _bare(x, self.ctx), (args, kwargs))
+        with torch._C.DisableTorchFunction(), nullcontext() if self.ctx.caller is None else self.ctx.caller(in_dispatch=False):
+            return f(*args, **kwargs)
 
 
-def grad_and_value(fn: Any, options: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``per_sample_grad_and_value`` as dynamo traces it."""
-    argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness = options
-    arguments = _arguments.read(args, argnums, in_dims, _torch_trees)
-    n = arguments.n
-    if n == 0:
-        leaves, size = _arguments.one_zero_sample(arguments), 1
-    else:
-        leaves, size = arguments.leaves, n
-
-    def piece(leaves: list[Any], n: int) -> Any:
-        def one() -> Any:
-            inputs, targets = _mark(arguments, leaves, keep_batch_dim)
-            loss, aux = split_aux(fn(*_torch_trees.unflatten(arguments.spec, inputs), **kwargs), has_aux)
-            check_scalar(loss, keep_batch_dim)
-            grads = _ops.gradient(loss, targets, n)
-            aux = pytree.tree_map(lambda x: _ops.read_out(x, n) if isinstance(x, Tensor) else x, aux)
-            return grads, _ops.read_out(loss, n), aux
-
-        return per_sample(one, randomness=randomness)
-
-    if chunk_size is not None and randomness == "same":
+def evaluate(fn: Any, convention: Convention, bind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any, Targets]:
+    """One quantity of the gradients of one batch, as dynamo traces it."""
+    arguments = _arguments.read(args, convention.argnums, convention.in_dims, _torch_trees)
+    targets = Targets.of(convention, arguments, args, _torch_trees)
+    quantity = bind(targets)
+    n, chunk_size = arguments.n, convention.chunk_size
+    if convention.jacobian:
+        raise UnsupportedError("Jacobians cannot be compiled yet; leave the transform out of `torch.compile`.")
+    if chunk_size is not None and convention.randomness == "same":
         raise UnsupportedError(
             "randomness='same' with `chunk_size` sets the generator back for each chunk, which torch.compile cannot trace."
         )
-    if chunk_size is None or chunk_size >= n:
-        grads, values, aux = piece(leaves, size)
-    else:
-        pieces = [piece(_arguments.chunk(arguments, i, min(chunk_size, n - i)), min(chunk_size, n - i)) for i in range(0, n, chunk_size)]
-        grads, values, aux = pytree.tree_map(lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *pieces)
+
+    def piece(leaves: list[Any], n: int, samples: Any, empty: bool = False) -> Any:
+        def one() -> Any:
+            inputs, marked = _mark(arguments, leaves, convention.keep_batch_dim)
+            loss, aux = split_aux(fn(*_torch_trees.unflatten(arguments.spec, inputs), **kwargs), convention.has_aux)
+            check_output(loss, convention.keep_batch_dim)
+            aux = pytree.tree_map(lambda x: ops.read_out(x, n) if isinstance(x, Tensor) else x, aux)
+            grads = [TracedGrads(grad, n, tuple(x.shape)) for grad, x in zip(ops.gradient(loss, marked, n), marked, strict=True)]
+            if empty:
+                grads = [grad.of_nobody() for grad in grads]
+            found = [quantity.leaf(number, grad, samples) for number, grad in enumerate(grads)]
+            return quantity.run(found, samples), ops.read_out(loss, n), aux
+
+        return per_sample(one, randomness=convention.randomness)
+
     if n == 0:
-        grads, values, aux = pytree.tree_map(lambda x: x[:0] if isinstance(x, Tensor) else x, (grads, values, aux))
-    structured = _arguments.as_arguments(grads, arguments, isinstance(argnums, tuple), args, _torch_trees)
-    return structured, ((values, aux) if has_aux else values)
+        part, values, aux = piece(_arguments.one_zero_sample(arguments), 1, None, True)
+        values, aux = pytree.tree_map(lambda x: x[:0] if isinstance(x, Tensor) else x, (values, aux))
+        return quantity.join([part], [None]), values, aux, targets
+    if chunk_size is None or chunk_size >= n:
+        part, values, aux = piece(arguments.leaves, n, None)
+        return quantity.join([part], [None]), values, aux, targets
+    parts, seen, samples = [], [], []
+    for start in range(0, n, chunk_size):
+        size = min(chunk_size, n - start)
+        some = range(start, start + size)
+        part, values, aux = piece(_arguments.chunk(arguments, start, size), size, some)
+        parts.append(part)
+        seen.append((values, aux))
+        samples.append(some)
+    values, aux = pytree.tree_map(lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *seen)
+    return quantity.join(parts, samples), values, aux, targets
 
 
 def _mark(arguments: Any, leaves: list[Any], keep_batch_dim: bool) -> tuple[list[Any], list[Tensor]]:
@@ -150,7 +169,7 @@ def _mark(arguments: Any, leaves: list[Any], keep_batch_dim: bool) -> tuple[list
     targets: list[Tensor] = []
     for x, dim, diff in zip(leaves, arguments.dims, arguments.diff, strict=True):
         if isinstance(x, Tensor) and (diff or dim is not None):
-            x = (_ops.leaf if diff else _ops.sample)(x, -1 if dim is None else dim)
+            x = (ops.leaf if diff else ops.sample)(x, -1 if dim is None else dim)
             if diff:
                 targets.append(x)
             if dim is not None and keep_batch_dim:

@@ -47,3 +47,7 @@ class ModuleCallError(PerSampleError, RuntimeError):
 
 class EscapedError(PerSampleError, RuntimeError):
     """A per-sample tensor was used after the transform that made it had ended."""
+
+
+class NonFiniteWarning(UserWarning):
+    """Samples were left out of a sum, because their gradient is not finite."""

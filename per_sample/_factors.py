@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, final
 
 import torch
@@ -17,7 +18,7 @@ from per_sample._kernels.conv import ConvGeometry, conv_algorithm, conv_weight_g
 from per_sample._kernels.outer import outer_algorithm, outer_product
 from per_sample._kernels.rows import scatter_rows
 
-Scalar = Any  # a Python number
+Scale = Any  # a number, a 0-dim tensor that the samples share, or a tensor `[n]` with a number for each sample
 
 
 class Factor(ABC):
@@ -39,8 +40,8 @@ class Factor(ABC):
         return "materialize"
 
     @abstractmethod
-    def scale(self, c: Scalar) -> Factor:
-        """The factor times a number, or times a 0-dim tensor that the samples share."""
+    def scale(self, c: Scale) -> Factor:
+        """The factor times one number, or times a number for each sample."""
 
     def reshape(self, shape: tuple[int, ...]) -> Factor:
         """The same numbers in the same order under another shape."""
@@ -69,8 +70,8 @@ class Dense(Factor):
     def materialize(self, *, functional: bool = False) -> Tensor:
         return self.value
 
-    def scale(self, c: Scalar) -> Factor:
-        return Dense(self.value * c)
+    def scale(self, c: Scale) -> Factor:
+        return Dense(scaled(self.value, c))
 
     def reshape(self, shape: tuple[int, ...]) -> Factor:
         return Dense(self.value.reshape(self.value.shape[0], *shape))
@@ -101,10 +102,10 @@ class Outer(Factor):
     def algorithm(self, *, functional: bool = False) -> str:
         return outer_algorithm(self.left, self.right, functional=functional)
 
-    def scale(self, c: Scalar) -> Factor:
+    def scale(self, c: Scale) -> Factor:
         if self.left.numel() <= self.right.numel():
-            return Outer(self.left * c, self.right)
-        return Outer(self.left, self.right * c)
+            return Outer(scaled(self.left, c), self.right)
+        return Outer(self.left, scaled(self.right, c))
 
     def transpose(self) -> Factor | None:
         return Outer(self.right.transpose(-1, -2), self.left.transpose(-1, -2))
@@ -133,8 +134,8 @@ class ConvOuter(Factor):
     def algorithm(self, *, functional: bool = False) -> str:
         return conv_algorithm(self.x, self.g, self.geometry, functional=functional)
 
-    def scale(self, c: Scalar) -> Factor:
-        return ConvOuter(self.x, self.g * c, self.geometry)
+    def scale(self, c: Scale) -> Factor:
+        return ConvOuter(self.x, scaled(self.g, c), self.geometry)
 
 
 @final
@@ -159,8 +160,8 @@ class Rows(Factor):
         g = self.g.masked_fill(dropped.unsqueeze(2), 0)
         return scatter_rows(self.index.masked_fill(dropped, 0), g, self.num_rows, functional=functional)
 
-    def scale(self, c: Scalar) -> Factor:
-        return Rows(self.index, self.g * c, self.num_rows)
+    def scale(self, c: Scale) -> Factor:
+        return Rows(self.index, scaled(self.g, c), self.num_rows)
 
 
 @final
@@ -179,21 +180,47 @@ class Sum(Factor):
         return self.terms[0].like
 
     def materialize(self, *, functional: bool = False) -> Tensor:
-        first, *rest = self._merged()
+        first, *rest = self.merged()
         total = first.materialize(functional=functional)
         for term in rest:
             total = total + term.materialize(functional=functional)
         return total
 
-    def _merged(self) -> list[Factor]:
-        """Outer products as one, with their positions side by side: a recurrent weight has one for each step."""
-        outer = [term for term in self.terms if isinstance(term, Outer)]
-        if len(outer) < 2:
-            return list(self.terms)
-        left, right = torch.cat([o.left for o in outer], -1), torch.cat([o.right for o in outer], -2)
-        return [Outer(left, right), *(term for term in self.terms if not isinstance(term, Outer))]
+    def merged(self) -> list[Factor]:
+        """The terms, those of one kind as one: a recurrent weight has an outer product for each step."""
+        kinds: dict[Any, list[Factor]] = {}
+        for term in self.terms:
+            kinds.setdefault(self._kind(term), []).append(term)
+        return [self._joined(same) if len(same) > 1 else same[0] for same in kinds.values()]
 
-    def scale(self, c: Scalar) -> Factor:
+    @staticmethod
+    def _kind(term: Factor) -> Any:
+        """What two terms that can be merged have in common."""
+        if isinstance(term, Outer | Rows):
+            return type(term)
+        sizes: tuple[int, ...] = ()
+        if isinstance(term, ConvOuter):
+            sizes = (*term.x.shape[2:], *term.g.shape[2:])
+        elif isinstance(term, View):
+            sizes = term.base.shape
+        # Sizes unknown to a trace must not be compared.
+        if not sizes or not all(type(size) is int for size in sizes):
+            return id(term)
+        return (sizes, term.geometry) if isinstance(term, ConvOuter) else sizes
+
+    @staticmethod
+    def _joined(terms: list[Factor]) -> Factor:
+        """One factor for several of a kind: positions, or batches of the program's own, side by side."""
+        if outer := [term for term in terms if isinstance(term, Outer)]:
+            return Outer(torch.cat([term.left for term in outer], -1), torch.cat([term.right for term in outer], -2))
+        if rows := [term for term in terms if isinstance(term, Rows)]:
+            return Rows(torch.cat([term.index for term in rows], 1), torch.cat([term.g for term in rows], 1), rows[0].num_rows)
+        if conv := [term for term in terms if isinstance(term, ConvOuter)]:
+            return ConvOuter(torch.cat([term.x for term in conv], 1), torch.cat([term.g for term in conv], 1), conv[0].geometry)
+        views = [term for term in terms if isinstance(term, View)]
+        return View(reduce(add, [term.base for term in views]), views[0].shape)
+
+    def scale(self, c: Scale) -> Factor:
         return Sum(tuple(term.scale(c) for term in self.terms))
 
     def transpose(self) -> Factor | None:
@@ -217,11 +244,64 @@ class View(Factor):
         value = self.base.materialize(functional=functional)
         return value.reshape(value.shape[0], *self.shape)
 
-    def scale(self, c: Scalar) -> Factor:
+    def scale(self, c: Scale) -> Factor:
         return View(self.base.scale(c), self.shape)
 
     def reshape(self, shape: tuple[int, ...]) -> Factor:
         return self.base if shape == self.base.shape else View(self.base, shape)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Hadamard(Factor):
+    """Another factor times a tensor ``by [*shape]`` that the samples share; a boolean one selects, and leaves zeros elsewhere."""
+
+    base: Factor
+    by: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.base.shape
+
+    @property
+    def like(self) -> Tensor:
+        return self.base.like
+
+    def materialize(self, *, functional: bool = False) -> Tensor:
+        return self.applied(self.base.materialize(functional=functional))
+
+    def applied(self, x: Tensor) -> Tensor:
+        """``x [..., *shape]``, such as a sum of the base's gradients, times ``by``."""
+        if self.by.dtype == torch.bool:
+            return torch.where(self.by, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return x * self.by
+
+    def scale(self, c: Scale) -> Factor:
+        return Hadamard(self.base.scale(c), self.by)
+
+    def transpose(self) -> Factor | None:
+        swapped = self.base.transpose()
+        return None if swapped is None else Hadamard(swapped, self.by.transpose(-1, -2))
+
+
+def scaled(x: Tensor, c: Scale) -> Tensor:
+    """``x [n, ...]`` times one number, or times a number for each sample."""
+    return x * (c.reshape(-1, *(1,) * (x.dim() - 1)) if isinstance(c, Tensor) and c.dim() else c)
+
+
+def multiplied(factor: Factor, by: Tensor) -> Factor | None:
+    """The factor times ``by [n | 1, ...]``, of the gradients' rank with sizes of 1 or theirs; None where no form can express that."""
+    own = (by.shape[0], *factor.shape)
+    if all(size == 1 for size in by.shape[1:]):
+        return factor.scale(by.flatten()) if by.shape[0] > 1 else factor.scale(by.reshape(()))
+    if isinstance(factor, Outer) and by.shape[-1] == 1:
+        return Outer(factor.left * by, factor.right)
+    if isinstance(factor, Outer) and by.shape[-2] == 1:
+        return Outer(factor.left, factor.right * by)
+    if isinstance(factor, Sum):
+        terms = [multiplied(term, by) for term in factor.terms]
+        return None if None in terms else Sum(tuple(term for term in terms if term is not None))
+    return Hadamard(factor, by[0].expand(own[1:])) if by.shape[0] == 1 else None
 
 
 def add(a: Factor, b: Factor) -> Factor:

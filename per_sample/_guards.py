@@ -51,8 +51,11 @@ def settle(ctx: Context) -> None:
     """Materialise what is still factored, before an in-place op changes the operands."""
     if ctx.pending:
         with nullcontext() if ctx.caller is None else ctx.caller():
-            for factored in list(ctx.pending.values()):
-                factored.physical  # noqa: B018
+            for reference in list(ctx.pending.values()):
+                factored = reference()
+                if factored is not None:
+                    factored.physical  # noqa: B018
+            ctx.pending.clear()
 
 
 def check_outside(ctx: Context, func: Any, args: Any, kwargs: Any) -> None:

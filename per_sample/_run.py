@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,26 +12,27 @@ import torch
 from torch import Tensor
 
 from per_sample import _trees as trees
+from per_sample._backward import Reduced, by_output, differentiate, read_out
 from per_sample._batched import Batched, Context, wrap, wrap_shared
-from per_sample._caller import Restart, refuse_custom_nodes
+from per_sample._caller import Restart
 from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
-from per_sample._factors import Dense, Factor
 from per_sample._guards import refuse_escaped
 from per_sample._surroundings import in_context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from per_sample._arguments import Arguments
+    from per_sample._backward import Reduce
     from per_sample._record import Recorder
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Outcome:
-    """Every sample's loss and gradients of one batch."""
+    """Every sample's loss of one batch, and what became of the gradients."""
 
     ctx: Context
-    factors: list[Factor]  # one for each differentiated leaf that is a tensor
+    results: list[Any]  # of ``reduce``, one for each differentiated leaf that is a tensor
     values: Tensor  # [n]
     aux: Any  # tensors [n, ...]
     samples: Sequence[int] | None  # which samples of the caller's batch these are; None: all of them, in order
@@ -45,6 +47,8 @@ class Program:
     has_aux: bool
     keep_batch_dim: bool
     randomness: str
+    # The function returns several numbers, each of which is differentiated.
+    jacobian: bool = False
 
 
 def run(
@@ -52,22 +56,29 @@ def run(
     arguments: Arguments,
     leaves: list[Any],
     n: int,
+    reduce: Reduce,
     recorder: Recorder | None = None,
     samples: Sequence[int] | None = None,
 ) -> Outcome:
-    """Run the function once for ``n`` samples and differentiate; ``Split`` where it asks for values on which they do not agree."""
+    """Run the function once for ``n`` samples and differentiate; ``Split`` where it asks for values on which they do not agree.
 
-    def body(ctx: Context) -> tuple[list[Factor], Any, Any]:
+    ``reduce`` is called for each leaf as soon as its gradient is complete, so that a factor can go before the next one comes.
+    """
+
+    def body(ctx: Context) -> tuple[list[Any], Any, Any]:
         inputs, targets = _lift(arguments, leaves, ctx, program.keep_batch_dim)
         kwargs = trees.map(lambda x: lift(x, None, ctx) if isinstance(x, Tensor) else x, program.kwargs)
         out = _call(ctx, program.fn, trees.unflatten(arguments.spec, inputs), kwargs)
         loss, aux = split_aux(out, program.has_aux)
-        check_scalar(loss, program.keep_batch_dim)
-        return differentiate(loss, targets, ctx), loss, aux
+        check_output(loss, program.keep_batch_dim, scalar=not program.jacobian)
+        if program.jacobian:
+            return by_output(loss, targets, ctx), loss, aux
+        return differentiate(loss, targets, ctx, reduce), loss, aux
 
     tensors = [x for x in trees.flatten((leaves, program.kwargs))[0] if isinstance(x, Tensor)]
-    ctx, (factors, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder, splits=True, empty=arguments.n == 0)
-    return Outcome(ctx, factors, read_out(loss, ctx), trees.map(lambda x: read_out(x, ctx), aux), samples)
+    ctx, (found, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder, splits=True, empty=arguments.n == 0)
+    results = [x.result if isinstance(x, Reduced) else reduce(number, x, ctx.functional) for number, x in enumerate(found)]
+    return Outcome(ctx, results, read_out(loss, ctx), trees.map(lambda x: read_out(x, ctx), aux), samples)
 
 
 # What torch says when its C++ code reads a tensor without memory.
@@ -190,12 +201,12 @@ def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
     return out
 
 
-def check_scalar(loss: Any, keep_batch_dim: bool) -> None:
-    """Raise ``NotScalarError`` unless the loss is one real number for one sample."""
+def check_output(loss: Any, keep_batch_dim: bool, *, scalar: bool = True) -> None:
+    """Raise ``NotScalarError`` unless the loss is one real number for one sample; ``scalar=False``: several are welcome."""
     if not isinstance(loss, Tensor):
         hint = " Pass `has_aux=True` if it returns (loss, aux)." if isinstance(loss, tuple) and len(loss) == 2 else ""
         raise NotScalarError(f"`fn` must return a scalar tensor, the loss of one sample; it returned {type(loss).__name__}.{hint}")
-    if loss.dim() != 0:
+    if scalar and loss.dim() != 0:
         hint = (
             "Reduce it (`.sum()`, `.mean()`)."
             if keep_batch_dim
@@ -207,64 +218,3 @@ def check_scalar(loss: Any, keep_batch_dim: bool) -> None:
         raise NotScalarError(f"`fn` must return a dense loss; it returned one of layout {loss.layout}.")
     if not loss.is_floating_point():
         raise NotScalarError(f"`fn` must return a real floating-point loss; it returned dtype {loss.dtype}.")
-
-
-def differentiate(loss: Tensor, targets: list[Tensor], ctx: Context) -> list[Factor]:
-    """Every sample's gradient of the loss, a factor for each target."""
-    if not targets:
-        return []
-    if not all(target.requires_grad and target.is_leaf for target in targets):
-        raise UnsupportedError(
-            "`fn` switched off the gradient of an argument that is differentiated (`requires_grad_(False)`, `detach_()`): use "
-            "`x = x.detach()`."
-        )
-    if not loss.requires_grad:
-        ctx.expands = 0
-        return [_factor(None, target, ctx) for target in targets]
-    ctx.backward = True
-    with nullcontext() if ctx.caller is None else ctx.caller.backward_pass():
-        grads = _accumulated(loss, targets) if ctx.accumulates else _gradients(loss, targets, ctx)
-    # The program is over: what is made from here on is the transform's own.
-    ctx.expands = 0
-    return [_factor(grad, target, ctx) for grad, target in zip(grads, targets, strict=True)]
-
-
-def _gradients(loss: Tensor, targets: list[Tensor], ctx: Context) -> Sequence[Tensor | None]:
-    # Some of torch's formulas take what the forward pass saved, which the caller could not differentiate, unless grad mode is on.
-    again = ctx.caller is not None and ctx.caller.differentiates
-    if again:
-        refuse_custom_nodes(loss)
-    try:
-        return torch.autograd.grad(loss, targets, allow_unused=True, create_graph=again)
-    except RuntimeError as err:
-        if "incompatible with .grad()" in str(err):
-            raise Restart(ctx, accumulates=True) from err
-        raise
-
-
-def _accumulated(loss: Tensor, targets: list[Tensor]) -> list[Tensor | None]:
-    """Reentrant checkpoints differentiate inside the backward pass, and only ``backward`` has room for what they find."""
-    torch.autograd.backward(loss)
-    return [target.grad for target in targets]
-
-
-def _factor(grad: Tensor | None, target: Tensor, ctx: Context) -> Factor:
-    """The gradient as a factor; a leaf that fn does not use has a gradient of zeros."""
-    if grad is None:
-        return Dense(torch.zeros((ctx.n, *target.shape), dtype=target.dtype, device=target.device))
-    if type(grad) is Batched and grad.ctx is ctx and grad.factor is not None:
-        return grad.factor
-    return Dense(read_out(grad, ctx))
-
-
-def read_out(x: Any, ctx: Context) -> Any:
-    """A value of the program as the caller sees it, ``[n, ...]``; what all samples share is expanded."""
-    if not isinstance(x, Tensor):
-        return x
-    if type(x) is Batched and x.ctx is ctx:
-        if not x.shared:
-            return x.physical
-        x = x.physical
-    else:
-        x = x.detach() if not ctx.grad_mode else x
-    return x.expand(ctx.n, *x.shape)

@@ -12,15 +12,16 @@ import optree
 from torch import Tensor
 
 from per_sample import _arguments
+from per_sample._batches import outcomes
 from per_sample._packed import opened
 from per_sample._record import Recorder, Row
 from per_sample._run import Program
-from per_sample.transforms import outcomes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums, Arguments
+    from per_sample._factors import Factor
 
 _MEANING = {
     "rule": "a rule of the table, for the whole batch at once",
@@ -129,14 +130,17 @@ def explain(
         program = Program(function, kwargs, has_aux, keep_batch_dim, randomness)
         start = time.perf_counter()
         runs = 0
-        for outcome in outcomes(program, arguments, None, recorder):
+        factors: dict[int, str] = {}
+
+        def reduce(number: int, factor: Factor, functional: bool) -> None:
+            factors[number] = type(factor).__name__
+            recorder.materialize(factor, functional)
+
+        for _ in outcomes(program, arguments, None, lambda samples: reduce, recorder):
             runs += 1
-            for factor in outcome.factors:
-                recorder.materialize(factor, outcome.ctx.functional)
         seconds = time.perf_counter() - start
         rows = tuple(sorted(recorder.rows.values(), key=lambda row: -row.seconds))
-        names = _names(arguments, args)
-        factors = {name: type(f).__name__ for name, f in zip(names, outcome.factors, strict=True)}
-        return Explanation(rows, factors, seconds, arguments.n, runs)
+        named = {name: factors[number] for number, name in enumerate(_names(arguments, args))}
+        return Explanation(rows, named, seconds, arguments.n, runs)
 
     return explained

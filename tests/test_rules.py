@@ -26,7 +26,7 @@ def recorded(case: Case, params: Any, samples: Any) -> tuple[_run.Outcome, dict[
     recorder = Recorder()
     program = _run.Program(case.loss, {}, False, case.keep_batch_dim, "error")
     arguments = _arguments.read((params, *samples), 0, None)
-    outcome = _run.run(program, arguments, arguments.leaves, arguments.n, recorder)
+    outcome = _run.run(program, arguments, arguments.leaves, arguments.n, lambda number, factor, functional: factor, recorder)
     routes: dict[str, set[str]] = {}
     for op, route in recorder.rows:
         routes.setdefault(op, set()).add(route)
@@ -69,7 +69,7 @@ def test_routes_and_factors(case: Case) -> None:
     for op, route in case.routes.items():
         assert routes.get(op) == {route}, op
     if case.factors:
-        assert tuple(type(f).__name__ for f in outcome.factors) == case.factors
+        assert tuple(type(f).__name__ for f in outcome.results) == case.factors
 
 
 def test_names_are_distinct() -> None:

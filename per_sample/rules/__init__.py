@@ -29,6 +29,7 @@ from per_sample.rules import (  # noqa: F401
     reduce,
     rnn,
     rnn_cells,
+    scaling,
     segment,
     strided,
     take,

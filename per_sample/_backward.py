@@ -1,0 +1,156 @@
+"""The backward pass of one run: every sample's gradient of each leaf, reduced as soon as it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
+
+from per_sample._batched import Batched, Context, wrap_shared
+from per_sample._caller import Restart, refuse_custom_nodes
+from per_sample._errors import UnsupportedError
+from per_sample._factors import Dense, Factor
+from per_sample._interpreter import Interpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# Takes the number of a differentiated leaf, every sample's gradient of it (of a jacobian a list of these, one for each output), and whether
+# only differentiable ops will do.
+Reduce = Callable[[int, Any, bool], Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Reduced:
+    """What became of a gradient during the backward pass."""
+
+    result: Any
+
+
+def by_output(loss: Tensor, targets: list[Tensor], ctx: Context) -> list[list[Factor]]:
+    """Every sample's gradients of each of the function's outputs, a list for each target."""
+    outputs = loss.reshape(-1).unbind()
+    rows = [differentiate(output, targets, ctx, retain_graph=True) for output in outputs]
+    return [[row[i] for row in rows] for i in range(len(targets))]
+
+
+def differentiate(
+    loss: Tensor, targets: list[Tensor], ctx: Context, reduce: Reduce | None = None, *, retain_graph: bool = False
+) -> list[Any]:
+    """Every sample's gradient of the loss, a factor for each target, or what ``reduce`` made of it if that could be at once."""
+    if not targets:
+        return []
+    if not all(target.requires_grad and target.is_leaf for target in targets):
+        raise UnsupportedError(
+            "`fn` switched off the gradient of an argument that is differentiated (`requires_grad_(False)`, `detach_()`): use "
+            "`x = x.detach()`."
+        )
+    if not loss.requires_grad:
+        ctx.expands = 0
+        return [_factor(None, target, ctx) for target in targets]
+    ctx.backward = True
+    reduced: dict[int, Reduced] = {}
+    with nullcontext() if ctx.caller is None else ctx.caller.backward_pass():
+        if ctx.accumulates:
+            grads: Sequence[Tensor | None] = _accumulated(loss, targets)
+        else:
+            if reduce is not None and not ctx.functional and not ctx.after:
+                reduced = reduce_on_arrival(targets, reduce, ctx)
+            grads = _gradients(loss, targets, ctx, retain_graph)
+    # The program is over: what is made from here on is the transform's own.
+    ctx.expands = 0
+    pairs = zip(grads, targets, strict=True)
+    if any(grads[number] is None for number in reduced):
+        raise Restart(ctx, after=True)
+    return [reduced.get(number) or _factor(grad, target, ctx) for number, (grad, target) in enumerate(pairs)]
+
+
+def reduce_on_arrival(targets: list[Tensor], reduce: Reduce, ctx: Context) -> dict[int, Reduced]:
+    """Have ``reduce`` called when the last contribution to a leaf's gradient has arrived; the results, by leaf, come with time.
+
+    What goes on in its place takes no memory, so that a factor and the activations it holds are gone before the next one is made.
+    """
+    reduced: dict[int, Reduced] = {}
+
+    def watch(number: int, nothing: Tensor) -> Callable[[Tensor], Tensor | None]:
+        def arrived(grad: Tensor) -> Tensor | None:
+            if type(_get_current_dispatch_mode()) is not Interpreter:
+                return None  # inside a mode of the program's own: later
+            if number in reduced:
+                # The program differentiates inside the backward pass, and this was only a part.
+                raise Restart(ctx, after=True)
+            factor = _held(grad, ctx)
+            # The engine runs without grad mode; what the gradients meet (weights, a direction) may want it.
+            with outside(), torch.set_grad_enabled(ctx.grad_mode):
+                reduced[number] = Reduced(reduce(number, factor, ctx.functional))
+            return wrap_shared(ctx, nothing)
+
+        return arrived
+
+    for number, target in enumerate(targets):
+        with outside():
+            nothing = torch.zeros((), dtype=target.dtype, device=target.device).expand(target.shape)
+        target.register_hook(watch(number, nothing))
+    return reduced
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Where neither the interpreter nor the program's function modes see what is done."""
+    mode = _pop_mode()
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        _push_mode(mode)
+
+
+def _gradients(loss: Tensor, targets: list[Tensor], ctx: Context, retain_graph: bool) -> Sequence[Tensor | None]:
+    # Some of torch's formulas take what the forward pass saved, which the caller could not differentiate, unless grad mode is on.
+    again = ctx.caller is not None and ctx.caller.differentiates
+    if again:
+        refuse_custom_nodes(loss)
+    try:
+        return torch.autograd.grad(loss, targets, allow_unused=True, create_graph=again, retain_graph=retain_graph or again)
+    except RuntimeError as err:
+        if "incompatible with .grad()" in str(err):
+            raise Restart(ctx, accumulates=True) from err
+        raise
+
+
+def _accumulated(loss: Tensor, targets: list[Tensor]) -> list[Tensor | None]:
+    """Reentrant checkpoints differentiate inside the backward pass, and only ``backward`` has room for what they find."""
+    torch.autograd.backward(loss)
+    return [target.grad for target in targets]
+
+
+def _factor(grad: Tensor | None, target: Tensor, ctx: Context) -> Factor:
+    """The gradient as a factor; a leaf that fn does not use has a gradient of zeros."""
+    if grad is None:
+        return Dense(torch.zeros((), dtype=target.dtype, device=target.device).expand(ctx.n, *target.shape))
+    return _held(grad, ctx)
+
+
+def _held(grad: Tensor, ctx: Context) -> Factor:
+    """The form in which a gradient is held."""
+    if type(grad) is Batched and grad.ctx is ctx and grad.factor is not None:
+        return grad.factor
+    return Dense(read_out(grad, ctx))
+
+
+def read_out(x: Any, ctx: Context) -> Any:
+    """A value of the program as the caller sees it, ``[n, ...]``; what all samples share is expanded."""
+    if not isinstance(x, Tensor):
+        return x
+    if type(x) is Batched and x.ctx is ctx:
+        if not x.shared:
+            return x.physical
+        x = x.physical
+    else:
+        x = x.detach() if not ctx.grad_mode else x
+    return x.expand(ctx.n, *x.shape)

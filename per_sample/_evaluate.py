@@ -1,0 +1,120 @@
+"""A transform's one way through: read the arguments, run, reduce leaf by leaf, put the runs together."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from per_sample import _arguments, _compile
+from per_sample import _trees as trees
+from per_sample._batches import joined, outcomes
+from per_sample._errors import DataDependentError
+from per_sample._factors import Dense
+from per_sample._packed import opened
+from per_sample._run import Program
+from per_sample._targets import Convention, Quantity, Targets
+from per_sample.quantities.leaf import LeafGrads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from per_sample._arguments import Arguments
+
+    # Makes the quantity of one call, once the differentiated leaves are known.
+    Bind = Callable[[Targets], Quantity]
+
+
+class Evaluation(NamedTuple):
+    """What one call of a transform found."""
+
+    result: Any
+    values: Any  # [n, ...]
+    aux: Any
+
+
+def transform(
+    fn: Callable[..., Any], convention: Convention, bind: Bind, finish: Callable[[Evaluation, Targets], Any]
+) -> Callable[..., Any]:
+    """The function that a transform returns: evaluates ``bind``'s quantity and hands it to ``finish``."""
+    convention.check(fn)
+
+    @functools.wraps(fn)
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        return finish(*evaluate(fn, convention, bind, args, kwargs))
+
+    return transformed
+
+
+def evaluate(
+    fn: Callable[..., Any], convention: Convention, bind: Bind, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Evaluation, Targets]:
+    """One quantity of the gradients of one batch."""
+    if torch.compiler.is_dynamo_compiling():
+        result, values, aux, targets = _compile.evaluate(fn, convention, bind, args, kwargs)
+        return Evaluation(result, values, aux), targets
+    fn, args, kwargs = opened(fn, args, kwargs, convention.argnums)
+    arguments = _arguments.read(args, convention.argnums, convention.in_dims)
+    targets = Targets.of(convention, arguments, args, trees)
+    program = Program(fn, kwargs, convention.has_aux, convention.keep_batch_dim, convention.randomness, convention.jacobian)
+    return _evaluate(program, arguments, targets, bind(targets), convention.chunk_size), targets
+
+
+def _evaluate(program: Program, arguments: Arguments, targets: Targets, quantity: Quantity, chunk_size: int | None) -> Evaluation:
+    parts: list[Any] = []
+    seen: list[Any] = []
+    samples: list[Sequence[int] | None] = []
+    empty = arguments.n == 0
+    for outcome in outcomes(program, arguments, chunk_size, lambda some: _reducer(quantity, some, empty)):
+        if not empty:
+            with without_autocast(targets.leaves):
+                parts.append(quantity.run(outcome.results, outcome.samples))
+        seen.append((outcome.values, outcome.aux))
+        samples.append(outcome.samples)
+    if not empty:
+        values, aux = joined(seen, samples)
+        with without_autocast(targets.leaves):
+            return Evaluation(quantity.join(parts, samples), values, aux)
+    nothing = [quantity.leaf(i, _no_grads(shape, targets.leaves[i], program.jacobian), None) for i, shape in enumerate(targets.shapes)]
+    values, aux = trees.map(_emptied, seen[0]) if seen else _of_nobody(targets, program)
+    return Evaluation(quantity.join([quantity.run(nothing, None)], [None]), values, aux)
+
+
+def _reducer(quantity: Quantity, samples: Sequence[int] | None, empty: bool) -> Callable[[int, Any, bool], Any]:
+    def reduce(number: int, found: Any, functional: bool) -> Any:
+        if empty:
+            return None
+        if isinstance(found, list):
+            return quantity.leaf(number, [LeafGrads(factor, functional) for factor in found], samples)
+        with without_autocast([found.like]):
+            return quantity.leaf(number, LeafGrads(found, functional), samples)
+
+    return reduce
+
+
+def without_autocast(tensors: list[Tensor]) -> AbstractContextManager[Any]:
+    """Gradients are reduced in their own precision, whatever autocast surrounds the transform."""
+    kind = tensors[0].device.type if tensors else "cpu"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def _no_grads(shape: tuple[int, ...], leaf: Tensor, several: bool) -> Any:
+    """The gradients of no samples."""
+    grads = LeafGrads(Dense(leaf.detach().new_zeros((0, *shape))))
+    return [grads] if several else grads
+
+
+def _of_nobody(targets: Targets, program: Program) -> tuple[Any, Any]:
+    """The values of an empty batch where the function wants to know those of a sample."""
+    if program.has_aux or program.jacobian:
+        raise DataDependentError("The batch is empty, and `fn` asks for a sample's values, so that nobody knows what it would return.")
+    return targets.leaves[0].detach().real.new_zeros(0), None
+
+
+def _emptied(x: Any) -> Any:
+    return x[:0] if isinstance(x, Tensor) else x

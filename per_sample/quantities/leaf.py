@@ -1,0 +1,100 @@
+"""Every sample's gradient of one leaf, and all that can be asked of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from per_sample.quantities.dot import dot
+from per_sample.quantities.gram import gram
+from per_sample.quantities.moments import moments, square_sum
+from per_sample.quantities.norm import norm
+from per_sample.quantities.pieces import chosen, count, kept
+from per_sample.quantities.project import project
+from per_sample.quantities.settle import settled
+from per_sample.quantities.sq_norm import sq_norm
+from per_sample.quantities.weighted_sum import weighted_sum
+
+if TYPE_CHECKING:
+    import torch
+
+    from per_sample._factors import Factor
+    from per_sample.quantities.projectors import Projector
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LeafGrads:
+    """Every sample's gradient of one leaf, held in the form in which the backward pass found it.
+
+    What `per_sample_grad_map` hands to a quantity of your own. Each method takes the cheapest way for the form at hand; none but
+    ``materialize`` makes a tensor ``[n, *shape]`` where the form can do without.
+    """
+
+    factor: Factor
+    functional: bool = False
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return count(self.factor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One sample's shape, that of the leaf."""
+        return self.factor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the gradients."""
+        return self.factor.like.dtype
+
+    def materialize(self) -> Tensor:
+        """The gradients themselves, ``[n, *shape]``."""
+        return self.factor.materialize(functional=self.functional)
+
+    def sq_norm(self) -> Tensor:
+        """The squared L2 norms ``[n]``, in float32 or wider."""
+        return sq_norm(self.factor, functional=self.functional)
+
+    def norm(self, ord: float = 2) -> Tensor:
+        """The norms ``[n]`` of any order, as those of vectors."""
+        return norm(self.factor, ord, functional=self.functional)
+
+    def weighted_sum(self, weights: Tensor | None = None) -> Tensor:
+        """``sum_n weights[n] * grad[n]``, ``[*shape]``, in float32 or wider; without weights the plain sum."""
+        return weighted_sum(self.factor, weights, functional=self.functional)
+
+    def square_sum(self) -> Tensor:
+        """The sums over samples of the squared absolute values, ``[*shape]``."""
+        return square_sum(self.factor, functional=self.functional)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean over samples and the sum of squared deviations from it, both ``[*shape]``."""
+        return moments(self.factor, functional=self.functional)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        """The inner products ``[n]`` with ``direction [*shape]``."""
+        return dot(self.factor, direction, functional=self.functional)
+
+    def gram(self, other: LeafGrads) -> Tensor:
+        """The inner products ``[n, m]`` with other samples' gradients of the same leaf."""
+        return gram(self.factor, other.factor, functional=self.functional or other.functional)
+
+    def project(self, projector: Projector, leaf: int) -> Tensor:
+        """The projections ``[n, k]``; ``leaf``: the leaf's number, on which the projector's random entries depend."""
+        return project(self.factor, projector, leaf, functional=self.functional)
+
+    def settled(self) -> tuple[Tensor, LeafGrads]:
+        """The squared norms, and the same gradients in the form that is cheapest to hold for a weighted sum later."""
+        norms, factor = settled(self.factor, functional=self.functional)
+        return norms, LeafGrads(factor, self.functional)
+
+    def of(self, samples: Tensor | slice) -> LeafGrads:
+        """The gradients of some of the samples: a slice, or their numbers."""
+        return LeafGrads(chosen(self.factor, samples), self.functional)
+
+    def kept(self, keep: Tensor) -> LeafGrads:
+        """The same, with zeros for the samples that ``keep [n]`` does not name, whatever they hold."""
+        return LeafGrads(kept(self.factor, keep), self.functional)

@@ -1,0 +1,98 @@
+"""Quantities of one's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from per_sample._batches import in_order
+from per_sample._errors import ArgumentError
+from per_sample._evaluate import Evaluation, transform
+from per_sample._targets import Convention, Quantity, Targets
+from per_sample.quantities.combined import total
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from per_sample._arguments import Argnums
+    from per_sample.quantities.leaf import LeafGrads
+
+ACROSS = ("samples", "sum")
+
+
+def per_sample_grad_map(
+    fn: Callable[..., Any],
+    leaf: Callable[[LeafGrads], Tensor],
+    argnums: Argnums = 0,
+    in_dims: Any = None,
+    *,
+    across: str = "samples",
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+) -> Callable[..., Any]:
+    """Transform the loss of one sample into a function that returns a quantity of your own of every leaf's gradients.
+
+    Args:
+        fn: as in ``per_sample_grad``.
+        leaf: called with a ``LeafGrads`` for each leaf, as soon as the leaf's gradient is complete; returns a tensor. Its methods
+            (``sq_norm``, ``weighted_sum``, ``dot``, ``gram``, ...) take the cheapest way for each leaf; ``materialize()`` gives the
+            gradients ``[n, *shape]``.
+        argnums: as in ``per_sample_grad``.
+        in_dims: as in ``per_sample_grad``.
+        across: what becomes of the results of chunks: ``"samples"``: they have a row for each sample, and are concatenated; ``"sum"``:
+            they are added.
+        has_aux: as in ``per_sample_grad``.
+        keep_batch_dim: as in ``per_sample_grad``.
+        chunk_size: as in ``per_sample_grad``.
+        randomness: as in ``per_sample_grad``.
+
+    Returns:
+        A function of the same arguments that returns the structure of the differentiated argument with the results as leaves; with
+        ``has_aux`` a pair ``(results, aux)``.
+
+    Raises:
+        ArgumentError: for options that cannot be right, or a result of ``leaf`` that is no tensor.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import per_sample_grad_map
+        >>> largest = per_sample_grad_map(lambda w, x: w @ x, lambda grads: grads.materialize().abs().flatten(1).amax(1))
+        >>> largest(torch.ones(2), torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
+        tensor([2.0000, 0.5000])
+    """
+    if across not in ACROSS:
+        raise ArgumentError(f"`across` must be one of {ACROSS}; got {across!r}.")
+    if not callable(leaf):
+        raise ArgumentError(f"`leaf` must be callable; got {type(leaf).__name__}.")
+    convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness, empty=True)
+
+    def finish(found: Evaluation, targets: Targets) -> Any:
+        results = targets.structured(found.result)
+        return (results, found.aux) if has_aux else results
+
+    return transform(fn, convention, lambda _: _Mapped(leaf, across), finish)
+
+
+class _Mapped(Quantity):
+    """A user's function of each leaf's gradients."""
+
+    def __init__(self, of_leaf: Callable[[LeafGrads], Tensor], across: str) -> None:
+        self.of_leaf = of_leaf
+        self.across = across
+
+    def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Tensor:
+        found = self.of_leaf(grads)
+        if not isinstance(found, Tensor):
+            raise ArgumentError(f"`leaf` must return a tensor; it returned {type(found).__name__}.")
+        if self.across == "samples" and (found.dim() == 0 or found.shape[0] != grads.n):
+            raise ArgumentError(
+                f"`leaf` must return a row for each of the {grads.n} samples; got {list(found.shape)}. Or set `across='sum'`."
+            )
+        return found
+
+    def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
+        columns = [list(pieces) for pieces in zip(*parts, strict=True)]
+        return [in_order(pieces, samples) if self.across == "samples" else total(pieces) for pieces in columns]
