@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,18 +35,55 @@ def reference(task: Task) -> list[Tensor]:
     return answer
 
 
-def _each(gradients: list[Tensor]) -> list[Tensor]:
+def with_max_norm(task: Task, gradients: list[Tensor]) -> Task:
+    """The task, clipping at the median norm: half of the samples are clipped."""
+    return replace(task, max_norm=float(_norms(gradients)[0].median()))
+
+
+def _each(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
     return gradients
 
 
-def _sum(gradients: list[Tensor]) -> list[Tensor]:
-    return [g.sum(0, dtype=torch.float64).to(g.dtype) for g in gradients]
+def _sum(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
+    return _weighted(gradients, torch.ones(len(gradients[0]), dtype=torch.float64))
+
+
+def _weighted(gradients: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """In float64, without a copy of all gradients."""
+    answer = []
+    for leaf in gradients:
+        total = torch.zeros(leaf.shape[1:], dtype=torch.float64)
+        for weight, row in zip(weights.tolist(), leaf, strict=True):
+            total.add_(row, alpha=weight)
+        answer.append(total)
+    return answer
+
+
+def _norms(gradients: list[Tensor], max_norm: float = 0.0) -> list[Tensor]:
+    squares = [torch.stack([row.double().square().sum() for row in leaf]) for leaf in gradients]
+    return [torch.stack(squares).sum(0).sqrt()]
+
+
+def _clipped(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
+    norms = _norms(gradients)[0]
+    return _weighted(gradients, torch.where(norms > max_norm, max_norm / norms, 1.0))
+
+
+def _gram(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
+    rows = [leaf.flatten(1).double() for leaf in gradients]
+    return [torch.stack([r @ r.T for r in rows]).sum(0)]
 
 
 # From every sample's gradient to the quantity; a method's answer has the same shapes.
-QUANTITIES: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {"gradients": _each, "sum": _sum}
+QUANTITIES: dict[str, Callable[[list[Tensor], float], list[Tensor]]] = {
+    "gradients": _each,
+    "sum": _sum,
+    "norms": _norms,
+    "clipped": _clipped,
+    "gram": _gram,
+}
 # Those whose axis 0 is the sample.
-PER_SAMPLE = {"gradients"}
+PER_SAMPLE = {"gradients", "norms", "gram"}
 
 
 def errors(got: list[Tensor], want: list[Tensor], quantity: str) -> Tensor:
@@ -59,7 +97,7 @@ def errors(got: list[Tensor], want: list[Tensor], quantity: str) -> Tensor:
         raise ValueError(f"shapes {shapes[0]} instead of {shapes[1]}")
 
     def rows(t: Tensor) -> Tensor:
-        return t.flatten(1) if quantity in PER_SAMPLE else t.reshape(1, -1)
+        return t.reshape(len(t), -1) if quantity in PER_SAMPLE else t.reshape(1, -1)
 
     norms = torch.stack([rows(w).norm(dim=1) for w in want])
     floor = FLOOR * norms.norm(dim=0)

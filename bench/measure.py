@@ -13,28 +13,31 @@ from statistics import median, quantiles
 
 from torch import Tensor
 
-from bench import check
+from bench import check, memory
 from bench.methods import BASELINES, METHODS, Method, Runner
 from bench.workloads import Task, Workload
 
 # A round of a fast method repeats it for about this long, since one call is too short for the clock.
 ROUND_SECONDS = 5e-3
+# Below this pages, not tensors, are what a ratio would be of.
+LEAST_MEMORY = 2**20
 
 
 @dataclass
 class Result:
-    """One method on one workload."""
+    """One method on one workload, for one quantity."""
 
     workload: str
     n: int
+    quantity: str
     method: str
-    quantity: str | None
     status: str = "ok"  # or "wrong", "failed"
     reason: str = ""
     error: float | None = None  # the worst of `check.errors`
     first_call: float = 0.0  # seconds of preparation and first call, compilation included
     times: list[float] = field(default_factory=list)  # seconds a call, one for each round
-    ratios: dict[str, float] = field(default_factory=dict)  # to "plain" and to "limit" (plain + write)
+    memory: int | None = None  # the bytes that the first call takes at its peak
+    ratios: dict[str, float] = field(default_factory=dict)  # to "plain" and to "limit" (plain + write); "memory": to that of plain
 
     @property
     def median(self) -> float:
@@ -50,24 +53,56 @@ class Result:
         return high - low
 
 
-def run_workload(workload: Workload, methods: Sequence[Method], rounds: int, seed: int = 0) -> list[Result]:
-    """Every method on a workload: check, then time those whose answer is right."""
-    task = workload.build(seed)
-    chosen = [METHODS[name] for name in BASELINES] + [m for m in methods if m.name not in BASELINES]
-    results = {m.name: Result(workload.name, workload.n, m.name, m.quantity) for m in chosen}
-    runners = _checked(task, chosen, results)
-    times = interleaved(runners, rounds, seed)
+def run_workload(workload: Workload, tables: dict[str, list[Method]], rounds: int, with_memory: bool = False) -> list[Result]:
+    """For each quantity every one of its methods: check, then time those whose answer is right.
+
+    Quantities are timed apart, so that none is timed next to the gigabytes of another.
+    """
+    task = workload.build()
+    gradients = check.reference(task)
+    task = check.with_max_norm(task, gradients)
+    found: list[Result] = []
+    for quantity, methods in tables.items():
+        chosen = with_baselines(quantity, methods)
+        results = {m.name: Result(workload.name, workload.n, quantity, m.name) for m in chosen}
+        runners = _checked(task, chosen, gradients, results)
+        if rounds:
+            _time(runners, results, rounds)
+        if with_memory:
+            _weigh(task, [m for m in chosen if m.name in runners and not m.compiled], results)
+        found += results.values()
+    return found
+
+
+def with_baselines(quantity: str, methods: Sequence[Method]) -> list[Method]:
+    """The methods, the baselines that the quantity has before them."""
+    first = [METHODS[quantity][name] for name in BASELINES if name in METHODS[quantity]]
+    return first + [m for m in methods if m.name not in BASELINES]
+
+
+def _time(runners: dict[str, Runner], results: dict[str, Result], rounds: int) -> None:
+    times = interleaved(runners, rounds)
     for name, seconds in times.items():
         results[name].times = seconds
-    for result in results.values():
-        if result.times:
-            _set_ratios(result, times)
-    return list(results.values())
+        _set_ratios(results[name], times)
 
 
-def _checked(task: Task, methods: Sequence[Method], results: dict[str, Result]) -> dict[str, Runner]:
+def _weigh(task: Task, methods: Sequence[Method], results: dict[str, Result]) -> None:
+    for method in methods:
+        result = results[method.name]
+        try:
+            result.memory = memory.peak(task, result.quantity, method.name)
+        except RuntimeError as err:
+            result.status, result.reason = "failed", f"in a process of its own: {_in_one_line(err)}"
+            continue
+        plain = results["plain"].memory
+        if plain is not None and plain >= LEAST_MEMORY:
+            result.ratios["memory"] = result.memory / plain
+
+
+def _checked(task: Task, methods: Sequence[Method], gradients: list[Tensor], results: dict[str, Result]) -> dict[str, Runner]:
     """The runners of the methods that run and whose answer is right."""
-    want = check.reference(task)
+    wanted = {q: check.QUANTITIES[q](gradients, task.max_norm) for q in {m.quantity for m in methods} if q is not None}
     runners = {}
     for method in methods:
         result = results[method.name]
@@ -77,7 +112,7 @@ def _checked(task: Task, methods: Sequence[Method], results: dict[str, Result]) 
             got = _quietly(runner)
             result.first_call = time.perf_counter() - start
             if method.quantity is not None:
-                _check(task, method, got, want, result)
+                _check(task, method, got, wanted[method.quantity], result)
         except Exception as err:  # whatever a peer raises is its answer, and the report's
             result.status, result.reason = "failed", _in_one_line(err)
         if result.status == "ok":
@@ -88,16 +123,16 @@ def _checked(task: Task, methods: Sequence[Method], results: dict[str, Result]) 
 def _check(task: Task, method: Method, got: list[Tensor], want: list[Tensor], result: Result) -> None:
     quantity = method.quantity
     assert quantity is not None
-    found = check.errors(got, check.QUANTITIES[quantity](want), quantity)
+    found = check.errors(got, want, quantity)
     result.error = float(found.max())
 
     def in_float64() -> Tensor:
         exact = task.double()
-        exact_want = check.QUANTITIES[quantity](check.reference(exact))
+        exact_want = check.QUANTITIES[quantity](check.reference(exact), exact.max_norm)
         return check.errors(_quietly(method.prepare(exact)), exact_want, quantity)
 
     if not check.is_right(found, quantity, in_float64):
-        result.status, result.reason = "wrong", f"off by {result.error:.1e} of a gradient's norm"
+        result.status, result.reason = "wrong", f"off by {result.error:.1e} of the reference's norm"
 
 
 def _in_one_line(err: Exception) -> str:
@@ -160,9 +195,9 @@ def _quietly(runner: Callable[[], list[Tensor]]) -> list[Tensor]:
 
 def _set_ratios(result: Result, times: dict[str, list[float]]) -> None:
     """The medians of the ratios in each round, in which both sides met the same noise."""
-    if not all(name in times for name in BASELINES):
+    plain = times.get("plain")
+    if plain is None:
         return
-    plain, write = (times[name] for name in BASELINES)
-    rows = list(zip(result.times, plain, write, strict=True))
-    result.ratios["plain"] = median(t / p for t, p, _ in rows)
-    result.ratios["limit"] = median(t / (p + w) for t, p, w in rows)
+    result.ratios["plain"] = median(t / p for t, p in zip(result.times, plain, strict=True))
+    if "write" in times:
+        result.ratios["limit"] = median(t / (p + w) for t, p, w in zip(result.times, plain, times["write"], strict=True))

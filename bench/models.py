@@ -37,6 +37,47 @@ class MnistCnn(nn.Module):
         return out
 
 
+class Convnet(nn.Sequential):
+    """Four convolutions with pooling between them: the CIFAR-10 network of the Opacus examples."""
+
+    def __init__(self) -> None:
+        widths = (3, 32, 64, 64, 128)
+        layers: list[nn.Module] = []
+        for inner, outer in itertools.pairwise(widths):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
+        layers[-1] = nn.AdaptiveAvgPool2d(1)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
+class Lstm(nn.Module):
+    """A plain `nn.LSTM`, its last output classified."""
+
+    def __init__(self, inner: int = 64, hidden: int = 128, classes: int = 10) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(inner, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (b, t, inner)` to logits `(b, classes)`."""
+        outputs, _ = self.lstm(x)
+        out: Tensor = self.head(outputs[:, -1])
+        return out
+
+
+class MeanEmbedding(nn.Module):
+    """The mean of a text's embeddings, classified: nearly all of the gradient is zero."""
+
+    def __init__(self, vocabulary: int = 20000, dim: int = 128, classes: int = 10) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, dim)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`tokens (b, t)` to logits `(b, classes)`."""
+        out: Tensor = self.head(self.token(tokens).mean(1))
+        return out
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     # 32 groups, the usual number, and never a group of one channel, whose gradient vanishes on a 1x1 image.
     return nn.GroupNorm(min(32, channels // 2), channels)
@@ -130,7 +171,7 @@ class Gpt(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens (b, t)` to logits `(b, t, vocabulary)`."""
-        # Expanded to the batch, since the peers' rules of Embedding want each sample to have an index of its own.
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        # Expanded to the batch, since the peers' rules of Embedding want each sample to have an index of its own, in memory too.
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
         out: Tensor = self.head(self.norm(self.blocks(self.token(tokens) + self.position(positions))))
         return out

@@ -77,7 +77,7 @@ def _recorded(task: Task) -> list[tuple[Any, Any, Any, Any]]:
 
     _interpreter.dispatch = recording  # type: ignore[assignment]
     try:
-        METHODS["ours"].prepare(task)()
+        METHODS["gradients"]["ours"].prepare(task)()
     finally:
         _interpreter.dispatch = original
     return calls
@@ -117,7 +117,7 @@ def dispatch_overheads(task: Task) -> list[float]:
 def measure(rounds: int) -> Overhead:
     """The overhead of a training step's gradients on a ResNet-18 of 4 to 32 channels, two 8x8 images."""
     task = RESNET_TINY.build()
-    times = interleaved({"plain": _plain(task), "ours": METHODS["ours"].prepare(task)}, rounds)
+    times = interleaved({"plain": _plain(task), "ours": METHODS["gradients"]["ours"].prepare(task)}, rounds)
     dispatch = median(dispatch_overheads(task))
     return Overhead(median(times["plain"]), median(times["ours"]), dispatch, count_ops(task))
 
@@ -138,7 +138,7 @@ def print_overhead(rounds: int) -> None:
 
 def profile(task: Task, calls: int = 20, lines: int = 30) -> None:
     """Print the Python functions in which ours spends most, and the ops without a rule."""
-    run = METHODS["ours"].prepare(task)
+    run = METHODS["gradients"]["ours"].prepare(task)
     run()  # what is resolved once is not what a call costs
     print(f"{task.workload.name}, {calls} calls; {count_ops(task)}")
     profiler = cProfile.Profile()

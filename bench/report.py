@@ -18,8 +18,10 @@ import torch
 from bench import check
 from bench.measure import Result
 
-HEADER = ("workload", "n", "method", "median ms", "IQR ms", "x plain", "x limit", "note")
-NUMERIC = (1, 3, 4, 5, 6)
+HEADER = ("workload", "n", "quantity", "method", "median ms", "IQR ms", "x plain", "x limit", "MiB", "x memory", "note")
+# Where a package is installed by another name.
+DISTRIBUTIONS = {"backpack": "backpack-for-pytorch"}
+NUMERIC = (1, 4, 5, 6, 7, 8, 9)
 
 
 def machine() -> dict[str, Any]:
@@ -44,9 +46,9 @@ def _cpu_model() -> str:
 def versions() -> dict[str, str]:
     """Of Python and of each package that takes part."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "per_sample", "opacus"):
+    for package in ("torch", "per_sample", "opacus", "backpack"):
         try:
-            found[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(DISTRIBUTIONS.get(package, package))
         except importlib.metadata.PackageNotFoundError:
             found[package] = "source tree" if importlib.util.find_spec(package) else "not installed"
     return found
@@ -63,12 +65,11 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """The table's cells, one row for each result."""
     table = []
     for r in results:
-        numbers = ["-"] * 4
-        if r.times:
-            ratios = [f"{r.ratios[name]:.2f}" if name in r.ratios else "-" for name in ("plain", "limit")]
-            numbers = [_milliseconds(r.median), _milliseconds(r.iqr), *ratios]
+        times = [_milliseconds(r.median), _milliseconds(r.iqr)] if r.times else ["-", "-"]
+        memory = "-" if r.memory is None else f"{r.memory / 2**20:.1f}"
+        plain, limit, weight = (f"{r.ratios[name]:.2f}" if name in r.ratios else "-" for name in ("plain", "limit", "memory"))
         note = f"{r.status}: {r.reason}" if r.status != "ok" else ""
-        table.append((r.workload, str(r.n), r.method, *numbers, note))
+        table.append((r.workload, str(r.n), r.quantity, r.method, *times, plain, limit, memory, weight, note))
     return table
 
 
@@ -89,7 +90,7 @@ def print_table(results: Sequence[Result]) -> None:
     for i, name in enumerate(HEADER[:-1]):
         table.add_column(name, justify="right" if i in NUMERIC else "left", no_wrap=True)
     for row in rows(results):
-        table.add_row(*row[:-1], style="bold" if row[2].startswith("ours") else None)
+        table.add_row(*row[:-1], style="bold" if row[3].startswith("ours") else None)
     console = Console()
     if not console.is_terminal:
         console.width = 120
@@ -97,7 +98,7 @@ def print_table(results: Sequence[Result]) -> None:
     # Below the table: the reasons are longer than a column is wide.
     for r in results:
         if r.status != "ok":
-            console.print(f"{r.method} {r.status}: {r.reason}", markup=False, highlight=False)
+            console.print(f"{r.quantity} {r.method} {r.status}: {r.reason}", markup=False, highlight=False)
 
 
 def plain(results: Sequence[Result]) -> str:

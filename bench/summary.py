@@ -1,4 +1,4 @@
-"""The table of the README, from the JSON that a run wrote: `python -m bench.summary bench/results.json`."""
+"""The tables of the README, from the JSON that a run wrote: `python -m bench.summary bench/results.json`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,41 @@ import sys
 from pathlib import Path
 from typing import Any
 
+TITLES = {"plain": "time", "memory": "peak memory"}
+
 
 def summary(found: dict[str, Any]) -> str:
-    """One row for each workload, one column for each method: time relative to the plain batched gradient."""
-    results = [r for r in found["results"] if r["method"] not in ("plain",)]
+    """For each quantity a row for each workload, a column for each method: time, then memory, relative to the plain batched gradient."""
+    tables = {}
+    for quantity in dict.fromkeys(r["quantity"] for r in found["results"]):
+        results = [r for r in found["results"] if r["quantity"] == quantity and r["method"] != "plain"]
+        for ratio, title in TITLES.items():
+            if any(ratio in r["ratios"] for r in results):
+                tables[f"{quantity}: {title}"] = _table(results, ratio)
+    lines = []
+    for title, table in tables.items():
+        if len(tables) > 1:
+            lines += [f"**{title[0].upper()}{title[1:]}**", ""]
+        lines += [*table, ""]
+    machine, versions = found["machine"], found["versions"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {versions['torch']}"
+    peers = ", ".join(f"{name} {versions[name]}" for name in ("opacus", "backpack") if name in versions)
+    lines += [f"Measured on {found['date'][:10]}: {where}, {peers}, medians of {found['settings']['rounds']} interleaved rounds."]
+    return "\n".join(lines)
+
+
+def _table(results: list[dict[str, Any]], ratio: str) -> list[str]:
     methods = list(dict.fromkeys(r["method"] for r in results))
     workloads = list(dict.fromkeys((r["workload"], r["n"]) for r in results))
-    cell = {(r["workload"], r["method"]): f"{r['ratios']['plain']:.2f}" if r["status"] == "ok" else r["status"] for r in results}
+    cell = {(r["workload"], r["method"]): _cell(r, ratio) for r in results}
     lines = ["| workload (N) | " + " | ".join(methods) + " |", "| --- |" + " ---: |" * len(methods)]
-    lines += [f"| {name} ({n}) | " + " | ".join(cell.get((name, m), "-") for m in methods) + " |" for name, n in workloads]
-    machine, versions = found["machine"], found["versions"]
-    rounds = found["settings"]["rounds"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {versions['torch']}"
-    lines += ["", f"Measured on {found['date'][:10]}: {where}, opacus {versions['opacus']}, medians of {rounds} interleaved rounds."]
-    return "\n".join(lines)
+    return lines + [f"| {name} ({n}) | " + " | ".join(cell.get((name, m), "-") for m in methods) + " |" for name, n in workloads]
+
+
+def _cell(result: dict[str, Any], ratio: str) -> str:
+    if result["status"] != "ok":
+        return str(result["status"])
+    return f"{result['ratios'][ratio]:.2f}" if ratio in result["ratios"] else "-"
 
 
 if __name__ == "__main__":

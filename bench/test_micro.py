@@ -6,8 +6,7 @@ A group holds one shape, its rows the methods: the gradient summed over samples 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as plain_grad
 
+from bench.micro import CONVS, EMBEDDINGS, LINEARS, Conv, assert_close
 from per_sample import per_sample_grad
 
 pytestmark = [
@@ -23,67 +23,8 @@ pytestmark = [
     pytest.mark.benchmark(disable_gc=True, warmup="on"),
 ]
 
-CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-PLAIN_CONV = {d: getattr(plain_grad, f"conv{d}d_weight") for d in CONV}
-
-
-@dataclass(frozen=True)
-class Conv:
-    """Input `(n, c, *s)`, weight `(o, c / groups, *k)`."""
-
-    name: str
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-
-    @property
-    def options(self) -> tuple[int, int, int, int]:
-        """In the order of torch.nn.grad."""
-        return self.stride, self.padding, self.dilation, self.groups
-
-    def forward(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The convolution, of a batch or of one sample."""
-        out: Tensor = CONV[len(self.input) - 2](x, weight, None, *self.options)
-        return out
-
-
-CONVS = (
-    Conv("mnist-first", (256, 1, 28, 28), (16, 1, 8, 8), stride=2, padding=3),
-    Conv("mnist-second", (256, 16, 13, 13), (32, 16, 4, 4), stride=2),
-    Conv("resnet-early", (8, 64, 32, 32), (64, 64, 3, 3), padding=1),
-    Conv("resnet-late", (8, 512, 4, 4), (512, 512, 3, 3), padding=1),
-    Conv("resnet-short", (8, 64, 32, 32), (128, 64, 1, 1), stride=2),
-    Conv("depthwise", (32, 64, 14, 14), (64, 1, 3, 3), padding=1, groups=64),
-    Conv("dilated", (16, 32, 20, 20), (32, 32, 3, 3), padding=2, dilation=2),
-    Conv("audio", (16, 1, 8000), (64, 1, 80), stride=4),
-    Conv("video", (4, 8, 8, 16, 16), (16, 8, 3, 3, 3), padding=1),
-)
-# n, positions (0: none), in, out
-LINEARS = (
-    (128, 0, 784, 1024),
-    (256, 0, 512, 32),
-    (8, 0, 16, 32),
-    (16, 64, 256, 1024),
-    (16, 64, 256, 1000),
-    (4, 1024, 64, 64),
-)
-# n, positions, vocabulary, dim
-EMBEDDINGS = ((16, 64, 1000, 256), (8, 128, 5000, 32))
-
+PLAIN_CONV = {d: getattr(plain_grad, f"conv{d}d_weight") for d in (1, 2, 3)}
 Loss = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """As in the big table."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def _summed(loss: Loss, weight: Tensor, *args: Tensor) -> Tensor:
@@ -111,15 +52,9 @@ def _bench(benchmark: Any, method: str, group: str, loss: Loss, weight: Tensor, 
     rows = torch.stack([_summed(loss, weight.double(), *sample) for sample in samples])
     want = rows.sum(0) if method == "plain" else rows
     run = METHODS[method]
-    _assert_close(run(loss, weight, *args), want)
+    assert_close(run(loss, weight, *args), want)
     benchmark.group = group
     benchmark(run, loss, weight, *args)
-
-
-def _assert_close(got: Tensor, want: Tensor) -> None:
-    """Rounding of long float32 sums is relative to the largest entry, not to each."""
-    scale = float(want.abs().max())
-    torch.testing.assert_close(got.double() / scale, want / scale, rtol=0, atol=1e-4)
 
 
 def _vmapped(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -176,6 +111,6 @@ def test_conv_weight(benchmark: Any, method: str, case: Conv) -> None:
         kernel = plain
     rows = [plain(x[i : i + 1].double(), case.weight, g[i : i + 1].double(), *case.options) for i in range(len(x))]
     want = torch.stack(rows)
-    _assert_close(kernel(x, case.weight, g, *case.options), want.sum(0) if method == "plain" else want)
+    assert_close(kernel(x, case.weight, g, *case.options), want.sum(0) if method == "plain" else want)
     benchmark.group = f"conv weight {case.name}"
     benchmark(kernel, x, case.weight, g, *case.options)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.models import Gpt, Mlp, MnistCnn, ResNet18
+from bench.models import Convnet, Gpt, Lstm, MeanEmbedding, Mlp, MnistCnn, ResNet18
 
 Params = dict[str, Tensor]
 
@@ -24,8 +24,8 @@ class Workload:
     n: int
     model: Callable[[], nn.Module]
     data: Callable[[int], tuple[Tensor, Tensor]]
-    # (output, target) -> the SUM over samples, so that a method's answer needs no factor of n
-    loss: Callable[[Tensor, Tensor], Tensor]
+    # (output, target) -> the SUM over samples, so that a method's answer needs no factor of n; with reduction="none" each sample's
+    loss: Callable[..., Tensor]
     # whether the model needs a batch axis, so that a sample is given to it as a batch of one
     keep_batch_dim: bool
 
@@ -46,6 +46,8 @@ class Task:
     model: nn.Module
     x: Tensor
     y: Tensor
+    # what `clipped` clips at: the median norm of the samples' gradients, once that is known
+    max_norm: float = 1.0
     params: Params = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,7 @@ class Task:
         return copy.deepcopy(self.model)
 
 
-def _images(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+def _floats(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     return lambda n: (torch.randn(n, *shape), torch.randint(10, (n,)))
 
 
@@ -77,24 +79,32 @@ def _tokens(length: int, vocabulary: int) -> Callable[[int], tuple[Tensor, Tenso
     return make
 
 
-def _classify(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits, y, reduction="sum")
+def _labelled_tokens(length: int, vocabulary: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda n: (torch.randint(vocabulary, (n, length)), torch.randint(10, (n,)))
 
 
-def _next_token(logits: Tensor, y: Tensor) -> Tensor:
-    """The mean over positions, summed over samples."""
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / y.shape[-1]
+def _classify(logits: Tensor, y: Tensor, reduction: str = "sum") -> Tensor:
+    return F.cross_entropy(logits, y, reduction=reduction)
+
+
+def _next_token(logits: Tensor, y: Tensor, reduction: str = "sum") -> Tensor:
+    """The mean over positions, summed over samples or not."""
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
+    return (loss if reduction == "sum" else loss.view(y.shape).sum(-1)) / y.shape[-1]
 
 
 _TABLE = (
-    Workload("mlp", 128, lambda: Mlp(784, 1024, 1024, 10), _images(784), _classify, keep_batch_dim=False),
-    Workload("mlp-tiny", 8, lambda: Mlp(16, 32, 32, 10), _images(16), _classify, keep_batch_dim=False),
-    Workload("mnist-cnn", 256, MnistCnn, _images(1, 28, 28), _classify, keep_batch_dim=True),
-    Workload("resnet18-gn", 8, ResNet18, _images(3, 32, 32), _classify, keep_batch_dim=True),
-    Workload("resnet18-gn-32", 32, ResNet18, _images(3, 32, 32), _classify, keep_batch_dim=True),
+    Workload("mlp", 128, lambda: Mlp(784, 1024, 1024, 10), _floats(784), _classify, keep_batch_dim=False),
+    Workload("mlp-tiny", 8, lambda: Mlp(16, 32, 32, 10), _floats(16), _classify, keep_batch_dim=False),
+    Workload("mnist-cnn", 256, MnistCnn, _floats(1, 28, 28), _classify, keep_batch_dim=True),
+    Workload("convnet", 64, Convnet, _floats(3, 28, 28), _classify, keep_batch_dim=True),
+    Workload("resnet18-gn", 8, ResNet18, _floats(3, 32, 32), _classify, keep_batch_dim=True),
+    Workload("resnet18-gn-32", 32, ResNet18, _floats(3, 32, 32), _classify, keep_batch_dim=True),
     Workload("gpt", 16, Gpt, _tokens(64, 1000), _next_token, keep_batch_dim=True),
+    Workload("lstm", 32, Lstm, _floats(32, 64), _classify, keep_batch_dim=True),
+    Workload("embedding", 64, MeanEmbedding, _labelled_tokens(64, 20000), _classify, keep_batch_dim=True),
 )
 WORKLOADS: dict[str, Workload] = {w.name: w for w in _TABLE}
 
 # Not in the report: its kernels cost next to nothing, so that its time is that of the Python around them (`overhead`).
-RESNET_TINY = Workload("resnet18-gn-tiny", 2, lambda: ResNet18(width=4), _images(3, 8, 8), _classify, keep_batch_dim=True)
+RESNET_TINY = Workload("resnet18-gn-tiny", 2, lambda: ResNet18(width=4), _floats(3, 8, 8), _classify, keep_batch_dim=True)

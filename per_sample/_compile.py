@@ -103,7 +103,7 @@ class _Runner(torch.fx.Interpreter):
         if packet is ops.gradient:
             self.over = True
             loss, leaves, _ = args
-            return [LeafGrads(factor, functional=True) for factor in differentiate(loss, leaves, self.ctx)]
+            return [LeafGrads(factor, functional=True) for factor in differentiate(loss, leaves, self.ctx, retain_graph=True)]
         if packet is ops.ask:
             return self._tail(answered, args, kwargs)
         return self._tail(super().call_function, (target, args, kwargs), {}) if self.over else super().call_function(target, args, kwargs)
@@ -124,8 +124,6 @@ def evaluate(fn: Any, convention: Convention, bind: Any, args: tuple[Any, ...], 
     targets = Targets.of(convention, arguments, args, _torch_trees)
     quantity = bind(targets)
     n, chunk_size = arguments.n, convention.chunk_size
-    if convention.jacobian:
-        raise UnsupportedError("Jacobians cannot be compiled yet; leave the transform out of `torch.compile`.")
     if chunk_size is not None and convention.randomness == "same":
         raise UnsupportedError(
             "randomness='same' with `chunk_size` sets the generator back for each chunk, which torch.compile cannot trace."
@@ -135,12 +133,12 @@ def evaluate(fn: Any, convention: Convention, bind: Any, args: tuple[Any, ...], 
         def one() -> Any:
             inputs, marked = _mark(arguments, leaves, convention.keep_batch_dim)
             loss, aux = split_aux(fn(*_torch_trees.unflatten(arguments.spec, inputs), **kwargs), convention.has_aux)
-            check_output(loss, convention.keep_batch_dim)
+            check_output(loss, convention.keep_batch_dim, scalar=not convention.jacobian)
             aux = pytree.tree_map(lambda x: ops.read_out(x, n) if isinstance(x, Tensor) else x, aux)
-            grads = [TracedGrads(grad, n, tuple(x.shape)) for grad, x in zip(ops.gradient(loss, marked, n), marked, strict=True)]
-            if empty:
-                grads = [grad.of_nobody() for grad in grads]
-            found = [quantity.leaf(number, grad, samples) for number, grad in enumerate(grads)]
+            outputs = loss.reshape(-1).unbind() if convention.jacobian else (loss,)
+            # Of each leaf the gradients of all outputs.
+            grads = list(zip(*[_gradients(output, marked, n, empty) for output in outputs], strict=True))
+            found = [quantity.leaf(number, list(own) if convention.jacobian else own[0], samples) for number, own in enumerate(grads)]
             return quantity.run(found, samples), ops.read_out(loss, n), aux
 
         return per_sample(one, randomness=convention.randomness)
@@ -162,6 +160,12 @@ def evaluate(fn: Any, convention: Convention, bind: Any, args: tuple[Any, ...], 
         samples.append(some)
     values, aux = pytree.tree_map(lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *seen)
     return quantity.join(parts, samples), values, aux, targets
+
+
+def _gradients(output: Tensor, marked: list[Tensor], n: int, empty: bool) -> list[TracedGrads]:
+    pairs = zip(ops.gradient(output, marked, n), marked, strict=True)
+    grads = [TracedGrads(grad, n, tuple(x.shape)) for grad, x in pairs]
+    return [grad.of_nobody() for grad in grads] if empty else grads
 
 
 def _mark(arguments: Any, leaves: list[Any], keep_batch_dim: bool) -> tuple[list[Any], list[Tensor]]:

@@ -84,7 +84,7 @@ def _prepare(x: Tensor, g: Tensor, geometry: ConvGeometry, functional: bool) -> 
 def _prepare_shapes(
     x_shape: Any, g_shape: Any, geometry: ConvGeometry, dtype: Any, device: Any, functional: bool, scratch: int, override: Any
 ) -> tuple[str, int, tuple[int, ...]]:
-    missing = _missing(x_shape, g_shape, geometry)
+    missing = missing_locations(x_shape, g_shape, geometry)
     if not all(type(size) is int for size in (*x_shape, *g_shape)):
         # Sizes unknown to a trace must not be compared: take all samples at once.
         return override or ("unfold" if dtype.is_complex else "fold"), x_shape[0], missing
@@ -95,7 +95,7 @@ def _prepare_shapes(
     return *plan_conv(x_shape, g_shape, geometry, dtype, device, functional, scratch, override), missing
 
 
-def _missing(x_shape: Any, g_shape: Any, geometry: ConvGeometry) -> tuple[int, ...]:
+def missing_locations(x_shape: Any, g_shape: Any, geometry: ConvGeometry) -> tuple[int, ...]:
     """Padding for the locations that a transposed convolution left out of its output gradient."""
     locations = geometry.locations(x_shape[3:])
     missing = [there - given for there, given in zip(locations, g_shape[3:], strict=True)]

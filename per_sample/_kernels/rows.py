@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from per_sample._kernels.functional import must_be_functional
@@ -29,3 +30,22 @@ def scatter_rows(index: Tensor, g: Tensor, num_rows: int, *, functional: bool = 
     if functional or must_be_functional(index, g):
         return g.new_zeros(shape).scatter_add(1, rows, g)
     return empty(shape, like=g).zero_().scatter_add_(1, rows, g)
+
+
+def coalesced(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each sample that go to the same place added up, without the matrix they go to.
+
+    Args:
+        index: where each row goes, `(n, t)`; one that goes to a place below 0 counts for nothing.
+        g: the rows, `(n, t, i)`.
+
+    Returns:
+        An index `(n, t)` of which no two of a sample are equal, -1 for the rows that are left over, and rows `(n, t, i)`.
+    """
+    g = g.masked_fill((index < 0).unsqueeze(2), 0)
+    index, order = index.sort(1)
+    place = torch.cat((torch.zeros_like(index[:, :1]), (index[:, 1:] != index[:, :-1]).to(index.dtype)), 1).cumsum(1)
+    # A row keeps its place in memory and only learns where it goes.
+    target = torch.zeros_like(place).scatter(1, order, place)
+    rows = torch.zeros_like(g).scatter_add(1, target.unsqueeze(2).expand(g.shape), g)
+    return torch.full_like(index, -1).scatter(1, place, index.clamp(min=-1)), rows

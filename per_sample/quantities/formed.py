@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from per_sample._factors import Dense, Factor, Rows, View
-from per_sample._kernels.rows_norm import coalesced
+from per_sample._kernels.rows import coalesced
 from per_sample.quantities.pieces import chosen, count, piece_size, wide
 from per_sample.quantities.precision import widened
 
@@ -35,7 +35,7 @@ def _formed(factor: Factor, functional: bool) -> Tensor:
     if isinstance(factor, View):
         return _formed(factor.base, functional)
     if isinstance(factor, Rows) and compact(factor):
-        return coalesced(factor.index, factor.g)
+        return coalesced(factor.index, factor.g)[1]
     return factor.materialize(functional=functional)
 
 

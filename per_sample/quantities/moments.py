@@ -9,6 +9,7 @@ from torch import Tensor
 
 from per_sample._factors import Dense, Factor, Hadamard, Outer, Rows, View
 from per_sample._kernels.functional import must_be_functional
+from per_sample._kernels.rows import coalesced
 from per_sample.quantities.pieces import count, piece_size, sample_pieces, wide_dtype
 from per_sample.quantities.precision import doubled, operands, real_dtype, widened, widened_pieces
 from per_sample.quantities.weighted_sum import weighted_sum
@@ -28,7 +29,7 @@ def square_sum(factor: Factor, *, functional: bool = False) -> Tensor:
     if _factorises(factor):
         return _outer_square_sum(factor).to(real_dtype(factor.like.dtype))
     if isinstance(factor, Rows):
-        index, g = coalesced(factor)
+        index, g = _coalesced(factor)
         return weighted_sum(Rows(index, squares(g), factor.num_rows), None)
     total: Tensor | None = None
     for grads in _wide_pieces(factor, functional):
@@ -133,7 +134,7 @@ def _outer_moments(factor: Factor, n: int) -> Moments | None:
 def _row_moments(factor: Rows, n: int) -> Moments:
     """The rows that a sample does not use deviate by the mean itself."""
     mean = weighted_sum(factor, None) / n
-    index, g = coalesced(factor)
+    index, g = _coalesced(factor)
     there = index >= 0
     used = weighted_sum(Rows(index, there.unsqueeze(2).to(real_dtype(mean.dtype)), factor.num_rows), None)
     apart = g - mean.index_select(0, index.clamp(min=0).flatten()).view(g.shape)
@@ -141,12 +142,7 @@ def _row_moments(factor: Rows, n: int) -> Moments:
     return mean, deviations + (n - used) * squares(mean)
 
 
-def coalesced(factor: Rows) -> tuple[Tensor, Tensor]:
-    """An index ``[n, t]`` and rows ``[n, t, i]``, float32 or wider, no two of a sample to one place; those left over have index -1."""
-    factor = widened(factor)  # type: ignore[assignment]
-    index, order = factor.index.sort(dim=1)
-    g = factor.g.masked_fill((factor.index < 0).unsqueeze(2), 0).gather(1, order.unsqueeze(2).expand(factor.g.shape))
-    new = torch.cat((torch.zeros_like(index[:, :1]), (index[:, 1:] != index[:, :-1]).to(index.dtype)), 1)
-    place = new.cumsum(1)
-    rows = torch.zeros_like(g).scatter_add(1, place.unsqueeze(2).expand(g.shape), g)
-    return torch.full_like(index, -1).scatter(1, place, index.clamp(min=-1)), rows
+def _coalesced(factor: Rows) -> tuple[Tensor, Tensor]:
+    wide_rows = widened(factor)
+    assert isinstance(wide_rows, Rows)
+    return coalesced(wide_rows.index, wide_rows.g)

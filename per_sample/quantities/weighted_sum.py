@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from per_sample._factors import ConvOuter, Dense, Factor, Hadamard, Outer, Rows, Sum, View, scaled
-from per_sample._kernels.conv import _missing
+from per_sample._kernels.conv import missing_locations
 from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.onednn import fast_mm, inner_product
 from per_sample.quantities.precision import operands, real_dtype, widened_pieces
@@ -54,7 +54,7 @@ def _sum(factor: Factor, weights: Tensor | None, functional: bool) -> Tensor:
     if isinstance(factor, ConvOuter):
         return _conv_sum(factor)
     assert isinstance(factor, Rows)
-    return _rows_sum(factor)
+    return _rows_sum(factor, functional)
 
 
 def _weighted(factor: Factor, weights: Tensor) -> Factor:
@@ -102,17 +102,18 @@ def _onednn_pays(left: Tensor, right: Tensor) -> bool:
     return min(o, i) >= 256 and o * t * i >= 2**26 and not fast_mm()
 
 
-def _rows_sum(factor: Rows) -> Tensor:
+def _rows_sum(factor: Rows, functional: bool) -> Tensor:
     dropped = factor.index < 0
     g = factor.g.masked_fill(dropped.unsqueeze(2), 0).flatten(0, 1)
     index = factor.index.masked_fill(dropped, 0).flatten()
-    return g.new_zeros(factor.shape).index_add(0, index, g)
+    zeros = g.new_zeros(factor.shape)
+    return zeros.index_add(0, index, g) if functional else zeros.index_add_(0, index, g)
 
 
 def _conv_sum(factor: ConvOuter) -> Tensor:
     """One weight gradient of a plain convolution over all samples."""
     x, g, geometry = factor.x, factor.g, factor.geometry
-    missing = _missing(x.shape, g.shape, geometry)
+    missing = missing_locations(x.shape, g.shape, geometry)
     if missing:
         g = F.pad(g, missing)
     x, g = x.flatten(0, 1), g.flatten(0, 1)

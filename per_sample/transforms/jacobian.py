@@ -49,7 +49,6 @@ def per_sample_jacobian(
 
     Raises:
         ArgumentError: for options that cannot be right.
-        UnsupportedError: under ``torch.compile``.
 
     Example:
         >>> import torch

@@ -1,17 +1,14 @@
-"""The same transforms by ``vmap`` over ``grad``, and nothing clever: the meaning of the fast ones.
-
-Every function here takes the arguments of its namesake in ``per_sample`` and gives the same numbers.
-"""
+"""Every sample's gradients and Jacobians by ``vmap``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import grad_and_value, jacrev, vmap
 
 from per_sample import _trees as trees
-from per_sample._arguments import as_arguments, check_options, read
+from per_sample._arguments import as_arguments, check_options, one_zero_sample, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,24 +99,75 @@ def per_sample_grad_and_value(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         arguments = read(args, argnums, in_dims)
         structure: list[Any] = []
-        one, tensors, dims = _for_one_sample(fn, arguments, kwargs, has_aux, keep_batch_dim, structure)
-        out = vmap(one, in_dims=dims, randomness=randomness, chunk_size=chunk_size)(*tensors)
+        one = _for_one_sample(grad_and_value, fn, arguments, kwargs, has_aux, keep_batch_dim, structure)
+        out = _for_all(one, arguments, randomness, chunk_size)
         grads, rest = out[0], out[1]
         grads = as_arguments(grads, arguments, isinstance(argnums, tuple), args)
         if not has_aux:
             return grads, rest
         values, aux = rest
-        spec, leaves = structure
-        found = iter(aux)
-        return grads, (values, trees.unflatten(spec, [next(found) if isinstance(x, Tensor) else x for x in leaves]))
+        return grads, (values, _restored(aux, structure))
 
     return transformed
 
 
+def per_sample_jacobian(
+    fn: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: Any = None,
+    *,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+) -> Callable[..., Any]:
+    """``per_sample.per_sample_jacobian`` by ``vmap(jacrev(fn))``.
+
+    Args:
+        fn: as in ``per_sample.per_sample_jacobian``, and so are the other arguments.
+        argnums: as in ``per_sample.per_sample_jacobian``.
+        in_dims: as in ``per_sample.per_sample_jacobian``.
+        has_aux: as in ``per_sample.per_sample_jacobian``.
+        keep_batch_dim: as in ``per_sample.per_sample_jacobian``.
+        chunk_size: as in ``per_sample.per_sample_jacobian``.
+        randomness: as in ``per_sample.per_sample_jacobian``.
+
+    Returns:
+        A function that returns the Jacobians ``[N, *out, *shape]``; with ``has_aux`` a pair of them and the auxiliary values.
+
+    Raises:
+        ArgumentError: for options that cannot be right.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import reference
+        >>> reference.per_sample_jacobian(lambda w, x: w @ x)(torch.ones(2, 3), torch.ones(5, 3)).shape
+        torch.Size([5, 2, 2, 3])
+    """
+    check_options(fn, argnums, randomness, chunk_size)
+
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        arguments = read(args, argnums, in_dims)
+        structure: list[Any] = []
+        one = _for_one_sample(jacrev, fn, arguments, kwargs, has_aux, keep_batch_dim, structure)
+        out = _for_all(one, arguments, randomness, chunk_size)
+        jacobians = as_arguments(out[0] if has_aux else out, arguments, isinstance(argnums, tuple), args)
+        return (jacobians, _restored(out[1], structure)) if has_aux else jacobians
+
+    return transformed
+
+
+def _restored(tensors: list[Tensor], structure: list[Any]) -> Any:
+    """Auxiliary values of all samples, from their tensors and the structure that one sample's had."""
+    spec, leaves = structure
+    found = iter(tensors)
+    return trees.unflatten(spec, [next(found) if isinstance(x, Tensor) else x for x in leaves])
+
+
 def _for_one_sample(
-    fn: Callable[..., Any], arguments: Arguments, kwargs: Any, has_aux: bool, keep_batch_dim: bool, structure: list[Any]
-) -> tuple[Callable[..., Any], list[Tensor], tuple[int | None, ...]]:
-    """``grad_and_value(fn)`` on flat lists of tensors, since torch.func's pytrees are not optree's; with the tensors and in_dims."""
+    derivative: Any, fn: Callable[..., Any], arguments: Arguments, kwargs: Any, has_aux: bool, keep_batch_dim: bool, structure: list[Any]
+) -> Callable[..., Any]:
+    """``derivative(fn)`` on the flat list of all tensors, since torch.func's pytrees are not optree's."""
     places = [i for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
     targets = [i for i in places if arguments.diff[i]]
 
@@ -139,6 +187,16 @@ def _for_one_sample(
             structure[:] = [spec, aux]
             return out[0], [x for x in aux if isinstance(x, Tensor)]
 
-        return grad_and_value(loss, has_aux=has_aux)([filled[i] for i in targets])
+        return derivative(loss, has_aux=has_aux)([filled[i] for i in targets])
 
-    return one, [arguments.leaves[i] for i in places], tuple(arguments.dims[i] for i in places)
+    return one
+
+
+def _for_all(one: Callable[..., Any], arguments: Arguments, randomness: str, chunk_size: int | None) -> Any:
+    """What ``one`` gives for every sample, in trees of lists and tuples."""
+    # Many ops refuse an empty batch: its shapes are those of one sample of zeros.
+    leaves = arguments.leaves if arguments.n else one_zero_sample(arguments)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    dims = tuple(dim for x, dim in zip(leaves, arguments.dims, strict=True) if isinstance(x, Tensor))
+    out = vmap(one, in_dims=dims, randomness=randomness, chunk_size=chunk_size)(*tensors)
+    return out if arguments.n else trees.map(lambda x: x[:0], out)

@@ -1,0 +1,148 @@
+"""A function of one leaf's gradients, for all leaves, from the gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from per_sample._errors import ArgumentError
+from per_sample.reference.dense import dense_gradients, deviations, norms_of, rows, squares, weighted_sums, wide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from per_sample._arguments import Argnums
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LeafGrads:
+    """Every sample's gradients of one leaf, with the questions of ``per_sample.LeafGrads``."""
+
+    gradients: Tensor  # [N, *shape]
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return len(self.gradients)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One sample's shape, that of the leaf."""
+        return tuple(self.gradients.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the gradients."""
+        return self.gradients.dtype
+
+    def materialize(self) -> Tensor:
+        """The gradients themselves."""
+        return self.gradients
+
+    def sq_norm(self) -> Tensor:
+        """``[N]``: the squared norms."""
+        return squares(self._rows).sum(1)
+
+    def power_sum(self, ord: float) -> Tensor:
+        """``[N]``: the sums of the absolute values' powers; for an infinite ``ord`` the largest."""
+        return norms_of(self._rows, ord) if math.isinf(ord) else self._rows.abs().pow(ord).sum(1)
+
+    def weighted_sum(self, weights: Tensor | None = None) -> Tensor:
+        """The sum over the samples, by default with weights of one."""
+        return weighted_sums([self.gradients], self._rows.real.new_ones(self.n) if weights is None else weights)[0]
+
+    def square_sum(self) -> Tensor:
+        """The sum over the samples of the squares."""
+        return squares(self.gradients).sum(0)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean over the samples and the sum of the squared deviations from it."""
+        return wide(self.gradients).mean(0), deviations(self.gradients)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        """``[N]``: the products with a direction."""
+        return (self._rows @ direction.conj().flatten().to(self._rows.dtype)).real
+
+    def gram(self, other: LeafGrads) -> Tensor:
+        """``[N, M]``: the products with other samples' gradients."""
+        return (self._rows @ other._rows.mH).real
+
+    def project(self, projector: Any, leaf: int) -> Tensor:
+        """``[N, k]``: the products with a random matrix; a complex number counts as two."""
+        g = torch.view_as_real(self.gradients.resolve_conj()) if self.gradients.is_complex() else wide(self.gradients)
+        matrix = projector.matrix(tuple(g.shape[1:]), leaf, dtype=g.dtype, device=g.device)
+        return rows(g) @ matrix.T
+
+    def settled(self) -> tuple[Tensor, LeafGrads]:
+        """The squared norms, and the same gradients."""
+        return self.sq_norm(), self
+
+    def of(self, samples: Tensor | slice) -> LeafGrads:
+        """The gradients of some of the samples."""
+        return LeafGrads(self.gradients[samples])
+
+    def kept(self, keep: Tensor) -> LeafGrads:
+        """The same, with zeros for the samples that ``keep [N]`` does not name."""
+        return LeafGrads(torch.where(keep.reshape(-1, *(1,) * len(self.shape)), self.gradients, 0))
+
+    @property
+    def _rows(self) -> Tensor:
+        return rows(self.gradients)
+
+
+def per_sample_grad_map(
+    fn: Callable[..., Any],
+    leaf: Callable[[Any], Any],
+    argnums: Argnums = 0,
+    in_dims: Any = None,
+    *,
+    across: str = "samples",
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+) -> Callable[..., Any]:
+    """``per_sample.per_sample_grad_map`` by ``vmap(grad(fn))`` and a call for each leaf.
+
+    Args:
+        fn: as in ``per_sample.per_sample_grad_map``, and so are the other arguments.
+        leaf: as in ``per_sample.per_sample_grad_map``.
+        argnums: as in ``per_sample.per_sample_grad_map``.
+        in_dims: as in ``per_sample.per_sample_grad_map``.
+        across: as in ``per_sample.per_sample_grad_map``.
+        has_aux: as in ``per_sample.per_sample_grad_map``.
+        keep_batch_dim: as in ``per_sample.per_sample_grad_map``.
+        chunk_size: as in ``per_sample.per_sample_grad_map``.
+        randomness: as in ``per_sample.per_sample_grad_map``.
+
+    Returns:
+        A function that returns what ``leaf`` returns, for each leaf; with ``has_aux`` a pair of that and the auxiliary values.
+
+    Raises:
+        ArgumentError: for options that cannot be right.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import reference
+        >>> w, x = torch.ones(2), torch.tensor([[3.0, 4.0]])
+        >>> reference.per_sample_grad_map(lambda w, x: (w * x).sum(), lambda grads: grads.sq_norm())(w, x)
+        tensor([25.])
+    """
+    if not callable(leaf):
+        raise ArgumentError(f"`leaf` must be callable; got {type(leaf).__name__}.")
+    if across not in ("samples", "sum"):
+        raise ArgumentError(f"`across` must be 'samples' or 'sum'; got {across!r}.")
+    gradients = dense_gradients(
+        fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
+    )
+
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        found = gradients(args, kwargs)
+        results = found.as_arguments([leaf(LeafGrads(g)) for g in found.leaves])
+        return (results, found.aux) if has_aux else results
+
+    return transformed
