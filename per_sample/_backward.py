@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
-from per_sample._batched import Batched, Context, wrap_shared
+from per_sample._batched import Batched, Context, storage_of, wrap_shared
 from per_sample._caller import Restart, refuse_custom_nodes
 from per_sample._errors import UnsupportedError
 from per_sample._factors import Dense, Factor
 from per_sample._interpreter import Interpreter
+from per_sample.quantities.leaf import LeafGrads
+from per_sample.quantities.precision import operands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,7 +59,7 @@ def differentiate(
     reduced: dict[int, Reduced] = {}
     with nullcontext() if ctx.caller is None else ctx.caller.backward_pass():
         if ctx.accumulates:
-            grads: Sequence[Tensor | None] = _accumulated(loss, targets)
+            grads: Sequence[Tensor | None] = _accumulated(loss, targets, retain_graph)
         else:
             if reduce is not None and not ctx.functional and not ctx.after:
                 reduced = reduce_on_arrival(targets, reduce, ctx)
@@ -88,6 +90,7 @@ def reduce_on_arrival(targets: list[Tensor], reduce: Reduce, ctx: Context) -> di
             # The engine runs without grad mode; what the gradients meet (weights, a direction) may want it.
             with outside(), torch.set_grad_enabled(ctx.grad_mode):
                 reduced[number] = Reduced(reduce(number, factor, ctx.functional))
+            ctx.held.update(_held_storages(reduced[number].result))
             return wrap_shared(ctx, nothing)
 
         return arrived
@@ -97,6 +100,15 @@ def reduce_on_arrival(targets: list[Tensor], reduce: Reduce, ctx: Context) -> di
             nothing = torch.zeros((), dtype=target.dtype, device=target.device).expand(target.shape)
         target.register_hook(watch(number, nothing))
     return reduced
+
+
+def _held_storages(result: Any) -> set[int | None]:
+    """The memory of the operands that a result keeps."""
+    if isinstance(result, LeafGrads):
+        return {storage_of(x) for x in operands(result.factor)}
+    if isinstance(result, (tuple, list)):
+        return {storage for x in result for storage in _held_storages(x)}
+    return set()
 
 
 @contextmanager
@@ -123,10 +135,13 @@ def _gradients(loss: Tensor, targets: list[Tensor], ctx: Context, retain_graph: 
         raise
 
 
-def _accumulated(loss: Tensor, targets: list[Tensor]) -> list[Tensor | None]:
+def _accumulated(loss: Tensor, targets: list[Tensor], retain_graph: bool) -> list[Tensor | None]:
     """Reentrant checkpoints differentiate inside the backward pass, and only ``backward`` has room for what they find."""
-    torch.autograd.backward(loss)
-    return [target.grad for target in targets]
+    torch.autograd.backward(loss, retain_graph=retain_graph)
+    found = [target.grad for target in targets]
+    for target in targets:
+        target.grad = None
+    return found
 
 
 def _factor(grad: Tensor | None, target: Tensor, ctx: Context) -> Factor:

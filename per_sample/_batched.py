@@ -69,6 +69,8 @@ class Context:
     viewed: dict[int | None, Tensor] = field(default_factory=dict)
     # Likewise tensors whose views are copies here, so that a write would not show in both.
     split: dict[int | None, Tensor] = field(default_factory=dict)
+    # Storages of operands that a quantity holds although the backward pass goes on; held, so that no other storage takes their number.
+    held: set[int | None] = field(default_factory=set)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
     # Factored values not yet materialised, by id: an in-place op must not change their operands. Nobody asks for those that have died.

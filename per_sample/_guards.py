@@ -131,6 +131,9 @@ def _check_write(ctx: Context, func: Any, arg: Tensor, target: Tensor, values: l
             _check_outside(ctx, func, target)
             return
     value = target.physical if type(target) is Batched and own else target
+    if storage_of(value) in ctx.held:
+        # An operand of a gradient that was handed on as it was; in the next run it is still here to be settled.
+        raise Restart(ctx, after=True)
     if storage_of(value) in ctx.split:
         raise UnsupportedError(
             f"`{func}` writes into a tensor that shares memory with another one in torch, but not here (a gradient with views, or a "

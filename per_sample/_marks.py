@@ -127,6 +127,10 @@ class TracedGrads:
         fields = [getattr(projector, field.name) for field in dataclasses.fields(projector)]
         return self._ask(name, numbers=(*fields, leaf))[0]
 
+    def condition(self) -> Tensor:
+        """As in ``LeafGrads``."""
+        return self._ask("condition")[0]
+
     def settled(self) -> tuple[Tensor, TracedGrads]:
         """As in ``LeafGrads``."""
         return self.sq_norm(), self

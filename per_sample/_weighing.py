@@ -12,15 +12,16 @@ from per_sample import _trees as trees
 from per_sample._batches import in_order, rows
 from per_sample._errors import ArgumentError, UnsupportedError
 from per_sample._evaluate import Evaluation, evaluate
+from per_sample._factors import Dense
 from per_sample._surroundings import random_states
 from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.combined import root, total
+from per_sample.quantities.leaf import LeafGrads
 from per_sample.quantities.precision import real_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from per_sample.quantities.leaf import LeafGrads
 
 MEMORY = ("fast", "low")
 
@@ -30,6 +31,9 @@ class Weights(NamedTuple):
 
     groups: list[Tensor]  # [n] for each group of leaves
     keep: Tensor | None = None  # [n], False: to be left out whatever the gradient is; None: all are kept
+    # [n], True: so much smaller than its parts that in a sum with others its rounding would exceed it. It is formed, and weighed by the
+    # norm that it then has.
+    apart: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,8 +43,10 @@ class Weighing:
     # The number of the group that each leaf belongs to, and of groups.
     groups: list[int]
     count: int
-    # From the norms [n] of each group, in float64, and the numbers of the samples (None: all).
-    weigh: Callable[[list[Tensor], Sequence[int] | None], Weights]
+    # From the norms [n] of each group and the bounds on their parts, in float64, and the numbers of the samples (None: all).
+    weigh: Callable[[list[Tensor], list[Tensor], Sequence[int] | None], Weights]
+    # The weights of samples that are summed apart, from the number of the group and the norms.
+    weight: Callable[[int, Tensor], Tensor] | None = None
     # The weight of one sample may depend on the norms of all.
     whole: bool = False
 
@@ -76,73 +82,121 @@ def weighed_sum(
         return (_Norms if memory == "low" else _NormsAndSums)(bound[0])
 
     found, targets = evaluate(fn, convention, first, args, kwargs)
-    sums, norms = found.result
+    sums, norms, conditions, lost = found.result
     if sums is None:
         for restore in restores:
             restore()
-        weights = bound[0].weigh(norms, None)
-        sums = evaluate(fn, convention, lambda _: Sums(bound[0].groups, weights), args, kwargs)[0].result
+        weights = bound[0].weigh(norms, conditions, None)
+        sums, lost = evaluate(fn, convention, lambda _: Sums(bound[0], weights), args, kwargs)[0].result
+    if lost is not None:
+        norms = [torch.where(lost, torch.nan, norm) for norm in norms]
     return Weighed(sums, norms, found, targets)
 
 
 class Sums(Quantity):
     """Sums with weights that are known, leaf by leaf."""
 
-    def __init__(self, groups: list[int], weights: Weights) -> None:
-        self.groups = groups
+    def __init__(self, weighing: Weighing, weights: Weights) -> None:
+        self.weighing = weighing
         self.weights = weights
 
-    def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Tensor:
-        keep = self.weights.keep
-        weights = self.weights.groups[self.groups[number]]
-        return _sum(grads, rows(weights, samples), None if keep is None else rows(keep, samples))
+    def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
+        weights = Weights(*[_rows(x, samples) for x in self.weights])
+        return _parts(grads, weights, weights.groups[self.weighing.groups[number]])
 
-    def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
-        return [total(list(pieces)) for pieces in zip(*parts, strict=True)]
+    def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
+        return _together(leaves, self.weighing, _rows(self.weights.apart, samples))
+
+    def join(self, parts: list[Any], samples: list[Sequence[int] | None]) -> Any:
+        sums = [total(list(pieces)) for pieces in zip(*[own for own, _ in parts], strict=True)]
+        return sums, _masks([lost for _, lost in parts], samples, self.weights.groups)
 
 
-def _sum(grads: LeafGrads, weights: Tensor, keep: Tensor | None) -> Tensor:
+def _rows(x: Any, samples: Sequence[int] | None) -> Any:
+    if isinstance(x, list):
+        return [rows(one, samples) for one in x]
+    return None if x is None else rows(x, samples)
+
+
+def _masks(parts: list[Tensor | None], samples: list[Sequence[int] | None], like: list[Tensor]) -> Tensor | None:
+    """The masks of several runs as one; None stands for False everywhere."""
+    if all(part is None for part in parts):
+        return None
+    own = [
+        like[0].new_zeros(len(some or ()), dtype=torch.bool) if part is None else part for part, some in zip(parts, samples, strict=True)
+    ]
+    return in_order(own, samples)
+
+
+def _parts(grads: LeafGrads, weights: Weights, own: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The sum of one leaf's gradients, and those that are to be added apart."""
+    formed = None
+    keep = weights.keep
+    if weights.apart is not None:
+        formed = grads.of(weights.apart.nonzero().flatten()).formed()
+        keep = ~weights.apart if keep is None else keep & ~weights.apart
     if keep is not None:
         grads = grads.kept(keep)
-    return grads.weighted_sum(weights.to(real_dtype(grads.dtype)))
+    return grads.weighted_sum(own.to(real_dtype(grads.dtype))), formed
+
+
+def _together(parts: list[Any], weighing: Weighing, apart: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """The sums with what was formed added, and which samples were lost, because what was formed is not finite."""
+    sums = [own for own, _ in parts]
+    if apart is None or weighing.weight is None:
+        return sums, None
+    formed = [LeafGrads(Dense(own)) for _, own in parts]
+    norms = by_group([own.sq_norm() for own in formed], weighing)
+    finite = torch.stack([norm.isfinite() for norm in norms]).all(0)
+    weights = [torch.where(finite, weighing.weight(group, norm), 0) for group, norm in enumerate(norms)]
+    for number, (own, group) in enumerate(zip(formed, weighing.groups, strict=True)):
+        sums[number] = sums[number] + own.kept(finite).weighted_sum(weights[group].to(real_dtype(own.dtype)))
+    return sums, torch.zeros_like(apart).masked_scatter(apart, ~finite)
+
+
+def by_group(squares: list[Tensor], weighing: Weighing) -> list[Tensor]:
+    """The norms of the groups from the squared norms of the leaves."""
+    members = [[x for x, own in zip(squares, weighing.groups, strict=True) if own == group] for group in range(weighing.count)]
+    # A group may hold nothing but leaves that are None.
+    return [root(total(some or [torch.zeros_like(squares[0])])) for some in members]
 
 
 class _Norms(Quantity):
-    """The norms alone."""
+    """The norms alone, and the bounds on the gradients' parts."""
 
     def __init__(self, weighing: Weighing) -> None:
         self.weighing = weighing
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
-        return grads.sq_norm()
+        return grads.sq_norm(), grads.condition()
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
-        return None, self.by_group(leaves)
+        return None, *self.norms(leaves), None
 
-    def by_group(self, squares: list[Tensor]) -> list[Tensor]:
-        """The norms of the groups from the squared norms of the leaves."""
-        members = [
-            [x for x, own in zip(squares, self.weighing.groups, strict=True) if own == group] for group in range(self.weighing.count)
-        ]
-        # A group may hold nothing but leaves that are None.
-        return [root(total(some or [torch.zeros_like(squares[0])])) for some in members]
+    def norms(self, leaves: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Norms and bounds of each group."""
+        return by_group([leaf[0] for leaf in leaves], self.weighing), by_group([leaf[1].square() for leaf in leaves], self.weighing)
 
     def join(self, parts: list[Any], samples: list[Sequence[int] | None]) -> Any:
-        sums = None if parts[0][0] is None else [total(list(pieces)) for pieces in zip(*[own for own, _ in parts], strict=True)]
-        return sums, [in_order(list(pieces), samples) for pieces in zip(*[norms for _, norms in parts], strict=True)]
+        sums, norms, conditions, lost = zip(*parts, strict=True)
+        groups = [in_order(list(pieces), samples) for pieces in zip(*norms, strict=True)]
+        bounds = [in_order(list(pieces), samples) for pieces in zip(*conditions, strict=True)]
+        added = None if sums[0] is None else [total(list(pieces)) for pieces in zip(*sums, strict=True)]
+        return added, groups, bounds, _masks(list(lost), samples, groups)
 
 
 class _NormsAndSums(_Norms):
     """Both, from the factors of one backward pass."""
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
-        return grads.settled()
+        square, settled = grads.settled()
+        return square, settled.condition(), settled
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
-        norms = self.by_group([squares for squares, _ in leaves])
+        norms, conditions = self.norms(leaves)
         if self.weighing.whole and samples is not None:
-            return None, norms
-        weights = self.weighing.weigh(norms, samples)
-        groups = self.weighing.groups
-        sums = [_sum(grads, weights.groups[group], weights.keep) for (_, grads), group in zip(leaves, groups, strict=True)]
-        return sums, norms
+            return None, norms, conditions, None
+        weights = self.weighing.weigh(norms, conditions, samples)
+        pairs = zip(leaves, self.weighing.groups, strict=True)
+        sums, lost = _together([_parts(leaf[2], weights, weights.groups[group]) for leaf, group in pairs], self.weighing, weights.apart)
+        return sums, norms, conditions, lost

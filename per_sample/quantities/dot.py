@@ -11,7 +11,7 @@ from torch import Tensor
 from per_sample._factors import ConvOuter, Dense, Factor, Hadamard, Outer, Rows, Sum, View
 from per_sample._kernels.conv_geometry import ConvGeometry
 from per_sample._kernels.functional import must_be_functional
-from per_sample.quantities.pieces import sample_pieces, wide_dtype
+from per_sample.quantities.pieces import chosen, sample_pieces, wide_dtype
 from per_sample.quantities.precision import operands, widened_pieces
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -61,8 +61,10 @@ def _multiplied_dot(factor: Hadamard, direction: Tensor, functional: bool) -> Te
     found = _dot(factor.base, Hadamard(factor.base, factor.by.conj()).applied(direction), functional)
     if factor.by.dtype != torch.bool or functional or bool(found.isfinite().all()):
         return found
-    # What a mask leaves out must not count, even where it is not finite.
-    return torch.cat([_dot(Dense(grads), direction, functional) for _, grads in sample_pieces(factor)])
+    # What a mask leaves out must not count, even where it is not finite. The other samples keep what they have.
+    spoilt = (~found.isfinite()).nonzero().flatten()
+    again = [_dot(Dense(grads), direction, functional) for _, grads in sample_pieces(chosen(factor, spoilt))]
+    return found.index_copy(0, spoilt, torch.cat(again).to(found.dtype))
 
 
 def _outer_dot(left: Tensor, right: Tensor, direction: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from per_sample.quantities.condition import condition
 from per_sample.quantities.dot import dot
 from per_sample.quantities.gram import gram
 from per_sample.quantities.moments import moments, square_sum
 from per_sample.quantities.norm import norm
 from per_sample.quantities.pieces import chosen, count, kept
+from per_sample.quantities.precision import widened
 from per_sample.quantities.project import project
 from per_sample.quantities.settle import settled
 from per_sample.quantities.sq_norm import sq_norm
@@ -85,6 +87,14 @@ class LeafGrads:
     def project(self, projector: Projector, leaf: int) -> Tensor:
         """The projections ``[n, k]``; ``leaf``: the leaf's number, on which the projector's random entries depend."""
         return project(self.factor, projector, leaf, functional=self.functional)
+
+    def condition(self) -> Tensor:
+        """A bound ``[n]`` on the sum of the norms of the parts of each gradient, to which the rounding of ``weighted_sum`` is relative."""
+        return condition(self.factor)
+
+    def formed(self) -> Tensor:
+        """The gradients themselves, in float32 or wider."""
+        return widened(self.factor).materialize(functional=self.functional)
 
     def settled(self) -> tuple[Tensor, LeafGrads]:
         """The squared norms, and the same gradients in the form that is cheapest to hold for a weighted sum later."""

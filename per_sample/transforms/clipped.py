@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
     from per_sample._arguments import Argnums
 
+
+class Rounding(NamedTuple):
+    """What a sum's rounding may add, relative to the parts of a gradient."""
+
+    harmless: float  # parts this times smaller than the bound cannot move the sum beyond it by more than rounding
+    added: float  # parts count as a gradient of this share of them
+
+
+_ROUNDING = {torch.float32: Rounding(1e-3, 1e-5), torch.float64: Rounding(1e-8, 1e-13)}
 _RELATIONS = {"add_or_remove_one": 1.0, "replace_one": 2.0}
 
 
@@ -102,7 +111,9 @@ def _check_bound(bound: Any, automatic: bool) -> None:
     if bound is None:
         return  # for a leaf that is None
     if isinstance(bound, Tensor) and bound.dim() == 0 and bound.is_floating_point():
-        return  # its value may be known only when the graph runs
+        if must_be_functional(bound):
+            return  # nobody knows its value here
+        bound = float(bound)
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
         raise ArgumentError(f"`max_norm` must be a positive number, or a tree of them; got {bound!r}.")
     if automatic and bound == math.inf:
@@ -165,7 +176,8 @@ class ClippedGrad:
             spec.append(structure)
             padding = None if is_padding is None else _checked_padding(is_padding, targets.arguments.n)
             spec.append(bounds)
-            return Weighing(groups, len(bounds), functools.partial(self._weigh, bounds, padding))
+            weigh = functools.partial(self._weigh, bounds, padding, _ROUNDING[narrowest(targets)])
+            return Weighing(groups, len(bounds), weigh, lambda group, norm: self._weight(norm, bounds[group]))
 
         weighed = weighed_sum(self._fn, self._convention, bind, self._memory, args, kwargs)
         targets = weighed.targets
@@ -180,22 +192,44 @@ class ClippedGrad:
             out.append(weighed.evaluation.aux)
         return tuple(out) if len(out) > 1 else grads
 
-    def _weigh(self, bounds: list[Any], padding: Tensor | None, norms: list[Tensor], samples: Sequence[int] | None) -> Weights:
+    def _weigh(
+        self,
+        bounds: list[Any],
+        padding: Tensor | None,
+        rounding: Rounding,
+        norms: list[Tensor],
+        conditions: list[Tensor],
+        samples: Sequence[int] | None,
+    ) -> Weights:
+        functional = must_be_functional(*norms)
         keep = torch.stack([norm.isfinite() for norm in norms]).all(0)
         if padding is not None:
             keep = keep & ~rows(padding, samples)
-        # A group without a bound has no leaf.
-        weights = [norm if bound is None else self._weight(norm, bound) for norm, bound in zip(norms, bounds, strict=True)]
-        if not must_be_functional(keep) and bool(keep.all()):
-            return Weights(weights)
-        return Weights([torch.where(keep, weight, 0) for weight in weights], keep)
+        if functional:
+            # Nobody can look at values here: what rounding may add to the sum counts as if it were in the gradient.
+            norms = [torch.maximum(norm, whole * rounding.added) for norm, whole in zip(norms, conditions, strict=True)]
+        weights = [self._weight(norm, bound) for norm, bound in zip(norms, bounds, strict=True)]
+        if functional:
+            return Weights([torch.where(keep, weight, 0) for weight in weights], keep)
+        largest = [
+            weight * whole * rounding.harmless <= bound
+            for weight, whole, bound in zip(weights, conditions, bounds, strict=True)
+            if bound is not None
+        ]
+        apart = keep & ~torch.stack(largest).all(0)
+        some = bool(apart.any())
+        if bool(keep.all()):
+            return Weights(weights, None, apart if some else None)
+        return Weights([torch.where(keep, weight, 0) for weight in weights], keep, apart if some else None)
 
     def _weight(self, norm: Tensor, bound: Any) -> Tensor:
+        if bound is None:
+            return norm  # a group without a leaf
         if self._stability is not None:
             return bound / (norm + self._stability)
-        exceeds = norm > bound
-        # Not by `clamp`: where the norm is zero, the quotient has no derivative.
-        return torch.where(exceeds, bound / torch.where(exceeds, norm, 1), 1)
+        # Not by `clamp`: where the norm is zero, the quotient has no derivative. A bound that is not a number must show.
+        within = norm <= bound
+        return torch.where(within, 1, bound / torch.where(within, 1, norm))
 
     def _norms(self, weighed: Weighed, is_padding: Tensor | None) -> list[Tensor]:
         """The norms as they are returned, those of padding zero; a warning where some are not finite."""
@@ -210,6 +244,12 @@ class ClippedGrad:
                 )
         dtype = widest([real_dtype(leaf.dtype) for leaf in weighed.targets.leaves])
         return [norm.to(dtype) for norm in norms]
+
+
+def narrowest(targets: Targets) -> torch.dtype:
+    """The dtype in which the least precise of the sums is taken."""
+    dtypes = {real_dtype(leaf.dtype) for leaf in targets.leaves}
+    return torch.float32 if torch.float32 in dtypes else torch.float64
 
 
 def _checked_padding(is_padding: Any, n: int) -> Tensor:

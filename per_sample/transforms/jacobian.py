@@ -59,8 +59,12 @@ def per_sample_jacobian(
     convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness, jacobian=True, empty=True)
 
     def finish(found: Evaluation, targets: Targets) -> Any:
-        out = found.values.shape[1:]
-        leaves = [x.reshape(x.shape[0], *out, *shape) for x, shape in zip(found.result, targets.shapes, strict=True)]
+        sizes = [(*found.values.shape, *shape) for shape in targets.shapes]
+        if found.values[:1].numel() == 0 and found.values.shape[0]:
+            # There is no output, and nothing was differentiated.
+            leaves = [leaf.detach().new_zeros(size) for leaf, size in zip(targets.leaves, sizes, strict=True)]
+        else:
+            leaves = [x.reshape(size) for x, size in zip(found.result, sizes, strict=True)]
         jacobian = targets.structured(leaves)
         return (jacobian, found.aux) if has_aux else jacobian
 
@@ -71,7 +75,7 @@ class _Jacobian(Quantity):
     """The gradients of each output side by side."""
 
     def leaf(self, number: int, grads: list[LeafGrads], samples: Sequence[int] | None) -> Tensor:
-        return torch.stack([x.materialize() for x in grads], 1)
+        return torch.stack([x.materialize() for x in grads], 1) if grads else torch.empty(0)
 
     def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
         return [in_order(list(pieces), samples) for pieces in zip(*parts, strict=True)]

@@ -69,8 +69,8 @@ def weighted_grad(
     @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         if isinstance(weights, Tensor):
-            found, targets = evaluate(fn, convention, lambda targets: Sums(*_given(weights, targets)), args, kwargs)
-            sums, aux = found.result, found.aux
+            found, targets = evaluate(fn, convention, lambda targets: _given(weights, targets), args, kwargs)
+            (sums, _), aux = found.result, found.aux
         else:
             sums, _, (_, _, aux), targets = weighed_sum(fn, convention, lambda targets: _of_norms(weights, targets), memory, args, kwargs)
         grads = targets.structured(sums)
@@ -79,9 +79,13 @@ def weighted_grad(
     return transformed
 
 
-def _given(weights: Tensor, targets: Targets) -> tuple[list[int], Weights]:
+def _given(weights: Tensor, targets: Targets) -> Sums:
     _check_weights(weights, targets.arguments.n)
-    return [0] * len(targets.leaves), Weights([weights])
+    return Sums(_one_group(targets, lambda norms, conditions, samples: Weights([weights])), Weights([weights]))
+
+
+def _one_group(targets: Targets, weigh: Any) -> Weighing:
+    return Weighing([0] * len(targets.leaves), 1, weigh, whole=True)
 
 
 def _check_weights(weights: Any, n: int) -> None:
@@ -93,9 +97,9 @@ def _check_weights(weights: Any, n: int) -> None:
 def _of_norms(weights: Callable[[Tensor], Tensor], targets: Targets) -> Weighing:
     dtype = widest([real_dtype(leaf.dtype) for leaf in targets.leaves])
 
-    def weigh(norms: list[Tensor], samples: Sequence[int] | None) -> Weights:
+    def weigh(norms: list[Tensor], conditions: list[Tensor], samples: Sequence[int] | None) -> Weights:
         found = weights(norms[0].to(dtype))
         _check_weights(found, norms[0].shape[0])
         return Weights([found])
 
-    return Weighing([0] * len(targets.leaves), 1, weigh, whole=True)
+    return _one_group(targets, weigh)

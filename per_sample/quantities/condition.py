@@ -1,0 +1,41 @@
+"""How large the parts are that every sample's gradient is a sum of: what rounding in such sums is relative to."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from per_sample._factors import ConvOuter, Dense, Factor, Hadamard, Outer, Rows, Sum, View
+from per_sample._kernels.gram_norm import finest
+from per_sample.quantities.pieces import wide
+
+
+def condition(factor: Factor) -> Tensor:
+    """A bound on the sum of the norms of the parts of each sample's gradient, ``[n]``; of gradients that are formed, their norms."""
+    if isinstance(factor, View):
+        return condition(factor.base)
+    if isinstance(factor, Sum):
+        first, *rest = [condition(term) for term in factor.terms]
+        for other in rest:
+            first = first + other
+        return first
+    if isinstance(factor, Hadamard):
+        by = factor.by.abs().amax() if factor.by.dtype != torch.bool and factor.by.numel() else 1
+        return condition(factor.base) * by
+    # By the inequality of Cauchy and Schwarz over the positions.
+    if isinstance(factor, Outer):
+        return _size(factor.left) * _size(factor.right)
+    if isinstance(factor, ConvOuter):
+        return _size(factor.g) * _size(factor.x) * prod(factor.geometry.kernel) ** 0.5
+    if isinstance(factor, Rows):
+        return _size(factor.g) * max(1, factor.g.shape[1]) ** 0.5
+    assert isinstance(factor, Dense)
+    return _size(factor.value)
+
+
+def _size(x: Tensor) -> Tensor:
+    # Rounding has no derivative.
+    x = wide(x.detach())
+    return (torch.linalg.vector_norm(x, 2, tuple(range(1, x.dim()))) if x.dim() > 1 else x.abs()).to(finest(x.device))
