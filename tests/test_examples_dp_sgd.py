@@ -121,6 +121,7 @@ def test_poisson_sampling_takes_each_sample_with_the_rate_independently(source):
         row[example.poisson_sample(n, rate, source)] = 1
     # Standard errors: the secure source has no seed, and chance shall fail this once in ten million runs.
     assert (taken.mean(0) - rate).abs().max() < 6.5 * (rate * (1 - rate) / rounds) ** 0.5
+    assert abs(taken.mean().item() - rate) < 6.5 * (rate * (1 - rate) / (rounds * n)) ** 0.5
     assert (torch.corrcoef(taken.T) - torch.eye(n)).abs().max() < 6.5 / rounds**0.5
     sizes = taken.sum(1)
     assert sizes.var().item() == pytest.approx(binom(n, rate).var(), rel=0.2)
@@ -131,6 +132,8 @@ def test_the_sources_draw_from_their_distributions(source):
     for _ in range(2):
         assert kstest(source.uniform(20_000).numpy(), "uniform").pvalue > 1e-7
         assert kstest(source.normal(100, 200).flatten().numpy(), norm.cdf).pvalue > 1e-7
+    drawn = source.normal(200_000)
+    assert drawn.std().item() == pytest.approx(1, rel=6.5 / (2 * len(drawn)) ** 0.5)
     assert source.normal(3, 4).shape == (3, 4)
     assert source.normal().shape == ()
     assert source.normal(0, 2).shape == (0, 2)

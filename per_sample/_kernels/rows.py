@@ -49,3 +49,31 @@ def coalesced(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     target = torch.zeros_like(place).scatter(1, order, place)
     rows = torch.zeros_like(g).scatter_add(1, target.unsqueeze(2).expand(g.shape), g)
     return torch.full_like(index, -1).scatter(1, place, index.clamp(min=-1)), rows
+
+
+def rows_sq_norm(index: Tensor, g: Tensor) -> Tensor:
+    """The squared norms of the matrices that the rows of each sample add up to, `(n)` in float64; only equal places are added up.
+
+    Args:
+        index: where each row goes, `(n, t)`; one that goes to a place below 0 counts for nothing.
+        g: the rows, `(n, t, i)`, float32 or wider.
+    """
+    own = _squares(g).masked_fill(index < 0, 0)
+    places, order = index.sort(1)
+    again = torch.zeros_like(places, dtype=torch.bool)
+    again[:, 1:] = (places[:, 1:] == places[:, :-1]) & (places[:, 1:] >= 0)
+    if not bool(again.any()):
+        return own.sum(1)
+    shared = again.clone()
+    shared[:, :-1] |= again[:, 1:]
+    total = own.masked_fill(torch.zeros_like(shared).scatter(1, order, shared), 0).sum(1)
+    sample, position = shared.nonzero().unbind(1)
+    first = ~again[sample, position]
+    rows = g[sample, order[sample, position]]
+    sums = rows.new_zeros(int(first.sum()), g.shape[2]).index_add_(0, first.cumsum(0) - 1, rows)
+    return total.index_add_(0, sample[first], _squares(sums))
+
+
+def _squares(rows: Tensor) -> Tensor:
+    dtype = rows.dtype if rows.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(rows, dim=-1).to(dtype).square()

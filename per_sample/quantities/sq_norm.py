@@ -16,9 +16,10 @@ from per_sample._kernels.conv_norm import conv_norm_algorithm, conv_sq_norm
 from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.gram_norm import CANCELLATION, finest
 from per_sample._kernels.outer_norm import outer_norm_algorithm, outer_sq_norm
+from per_sample._kernels.rows import rows_sq_norm
 from per_sample.quantities.formed import compact, formed_pieces, held_at_once, joined, real
 from per_sample.quantities.inner import inner
-from per_sample.quantities.pieces import chosen, wide_dtype
+from per_sample.quantities.pieces import chosen, wide, wide_dtype
 from per_sample.quantities.precision import doubled, mapped, operands, real_dtype
 
 __all__ = ["inner", "norm_algorithm", "sq_norm"]
@@ -83,6 +84,9 @@ def _norm(factor: Factor, functional: bool) -> tuple[Tensor, Tensor | float]:
         value, floor = outer_sq_norm(factor.left, factor.right, algorithm, functional=functional)
     elif isinstance(factor, ConvOuter) and algorithm != "pieces":
         value, floor = conv_sq_norm(factor.x, factor.g, factor.geometry, algorithm, functional=functional)
+    elif isinstance(factor, Rows) and algorithm == "rows" and not functional and not factor.g.is_complex():
+        wide_g = wide(factor.g)
+        return rows_sq_norm(factor.index, wide_g), _least(wide_g)
     else:
         return _formed_norm(factor, functional)
     return value, 0.0 if floor is None else floor
@@ -110,11 +114,15 @@ def _norm_of_terms(terms: list[Factor], functional: bool) -> tuple[Tensor, Tenso
 
 def _formed_norm(factor: Factor, functional: bool) -> tuple[Tensor, float]:
     """The squared norms by the gradients themselves."""
-    found, dtype = [], finest(factor.like.device)
+    found = []
     for grads in formed_pieces(factor, functional=functional):
         found.append(_square_sums(grads, functional))
-        in_range = functional or real_dtype(grads.dtype) == dtype
-    return joined(found), 0.0 if in_range else 1e10 * torch.finfo(grads.dtype).tiny
+    return joined(found), 0.0 if functional else _least(grads)
+
+
+def _least(grads: Tensor) -> float:
+    """Below which squares in the gradients' own precision have lost digits."""
+    return 0.0 if real_dtype(grads.dtype) == finest(grads.device) else 1e10 * torch.finfo(grads.dtype).tiny
 
 
 def _square_sums(grads: Tensor, functional: bool) -> Tensor:

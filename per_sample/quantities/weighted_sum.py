@@ -103,9 +103,10 @@ def _onednn_pays(left: Tensor, right: Tensor) -> bool:
 
 
 def _rows_sum(factor: Rows, functional: bool) -> Tensor:
-    dropped = factor.index < 0
-    g = factor.g.masked_fill(dropped.unsqueeze(2), 0).flatten(0, 1)
-    index = factor.index.masked_fill(dropped, 0).flatten()
+    dropped, index, g = factor.index < 0, factor.index, factor.g
+    if functional or bool(dropped.any()):
+        index, g = index.masked_fill(dropped, 0), g.masked_fill(dropped.unsqueeze(2), 0)
+    index, g = index.flatten(), g.flatten(0, 1)
     zeros = g.new_zeros(factor.shape)
     return zeros.index_add(0, index, g) if functional else zeros.index_add_(0, index, g)
 

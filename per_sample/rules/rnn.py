@@ -24,7 +24,7 @@ class _Layer:
         self.dtype = input.dtype
         self.t, self.b = input.shape[0], input.shape[1]
         self.own = type(w_ih) is Batched or type(w_hh) is Batched
-        self.m = (n, self.b) if self.own else (n * self.b,)
+        self.m = (ctx.n, self.b) if self.own else (ctx.n * self.b,)
         self.x = self.sequence(input)
         self.w_ih, self.w_hh = self.weight(w_ih), self.weight(w_hh)
         self.biases = biases
@@ -63,7 +63,7 @@ def _forward(layer: _Layer, h: Any, c: Any) -> tuple[Tensor, Tensor]:
     gates = layer.x @ layer.w_ih.transpose(-1, -2)
     for bias in layer.biases:
         added = physical(bias, layer.n).unsqueeze(1) if type(bias) is Batched else bias
-        gates = (gates.view(layer.t, layer.n, layer.b, -1) + layer.wide(added)).view_as(gates)
+        gates = (gates.reshape(layer.t, layer.n, layer.b, -1) + layer.wide(added)).reshape(gates.shape)
     return lstm.forward(gates, layer.w_hh, h, c)
 
 
@@ -113,8 +113,10 @@ def mkldnn_rnn_layer_backward(
 
 def _to_input(layer: _Layer, gates: Tensor, input: Any, in_place: bool) -> Tensor | Outer:
     """The gradient of the input."""
-    if not in_place or layer.reverse or layer.dtype != gates.dtype or type(input) is not Batched or input.requires_grad:
+    if not in_place:
+        return layer.out(gates @ layer.w_ih)
+    if layer.reverse or layer.dtype != gates.dtype or type(input) is not Batched or input.requires_grad:
         return layer.out((gates.transpose(0, 1) @ layer.w_ih).transpose(0, 1))
     # Data are differentiated by hardly anyone, and the op does not say so: a product for each step, taken if someone asks.
-    left = gates.view(layer.t, layer.n, layer.b, -1).transpose(0, 1)
+    left = gates.transpose(0, 1).view(layer.n, layer.b, layer.t, -1).transpose(1, 2)
     return Outer(left, layer.w_ih.expand(layer.n, layer.t, *layer.w_ih.shape))
