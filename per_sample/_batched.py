@@ -93,6 +93,10 @@ class Context:
         self.viewed.clear()
         self.split.clear()
         self.closed = True
+        if self.restart is not None:
+            # Its frames hold the graph, and that holds this context: a cycle through C++ that the garbage collector does not see.
+            self.restart.__traceback__ = self.restart.__cause__ = self.restart.__context__ = None
+            self.restart = None
 
     def owns(self, x: Tensor) -> bool:
         """Whether the program may write into a physical tensor."""

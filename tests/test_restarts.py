@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 from torch.utils.checkpoint import checkpoint
@@ -170,3 +172,19 @@ def test_a_gradient_is_never_the_memory_of_an_argument():
     samples = X.clone()
     per_sample_grad(Saved.apply)(W, samples).zero_()
     assert torch.equal(samples, X)
+
+
+def test_a_run_that_began_again_leaves_nothing_behind():
+    """What the first attempt had made hangs together in a cycle that the garbage collector does not see."""
+    scale = torch.randn(30, requires_grad=True)
+    transformed = per_sample_grad(lambda w, x: (F.linear(x, w) * scale).square().sum())
+    made: list[Any] = []
+
+    def bytes_alive() -> int:
+        gc.collect()
+        return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
+
+    for _ in range(4):
+        transformed(torch.randn(30, 40), torch.randn(6, 50, 40))
+        made.append(bytes_alive())
+    assert made[-1] == made[1]

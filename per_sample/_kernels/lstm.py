@@ -50,10 +50,11 @@ def forward_in_place(x: Tensor, w_ih: Tensor, bias: Tensor | None, w_hh: Tensor,
     else:
         torch.addmm(bias, inputs, w_ih.t(), out=rows)
     w, tanh_c = w_hh.t(), torch.empty_like(c)
-    for step, out in zip(saved.unbind(1), outputs.unbind(1), strict=True):
-        both, g, o, cell = step.split((2 * size, size, size, size), -1)
-        step[:, : 4 * size].addmm_(h, w)
-        i, f = both.sigmoid_().chunk(2, -1)
+    # All views of all steps at once: one by one they would cost as much as the arithmetic.
+    parts = (saved[..., : 4 * size], saved[..., : 2 * size], *saved.chunk(5, -1), outputs)
+    for gates, both, i, f, g, o, cell, out in zip(*(part.unbind(1) for part in parts), strict=True):
+        gates.addmm_(h, w)
+        both.sigmoid_()
         c = torch.mul(f, c, out=cell).addcmul_(i, g.tanh_())
         h = torch.mul(o.sigmoid_(), torch.tanh(c, out=tanh_c), out=out)
     return outputs.transpose(0, 1), saved.transpose(0, 1)
@@ -98,12 +99,12 @@ def backward_in_place(grad: Tensor, dh: Tensor, dc: Tensor, w_hh: Tensor, saved:
     aten.sigmoid_backward.grad_input(tanh_c, o, grad_input=do)
     to_dc = aten.tanh_backward.grad_input(o, tanh_c, grad_input=tanh_c)
     dh, dc = dh + grad[-1], dc.clone()
-    steps = zip(gates.unbind(0), do.unbind(0), f.unbind(0), to_dc.unbind(0), (None, *grad[:-1].unbind(0)), strict=True)
-    for step, last, forget, to, earlier in reversed(list(steps)):
+    to_three, rows = dc.unsqueeze(1), gates.flatten(2)
+    steps = [part.unbind(0) for part in (gates[:, :, :3], do, rows, f, to_dc)]
+    for three, last, row, forget, to, earlier in reversed(list(zip(*steps, (None, *grad[:-1].unbind(0)), strict=True))):
         dc.addcmul_(dh, to)
-        step[:, :3].mul_(dc.unsqueeze(1))
+        three.mul_(to_three)
         last.mul_(dh)
         dc.mul_(forget)
-        rows = step.view(m, 4 * size)
-        dh = torch.mm(rows, w_hh, out=dh) if earlier is None else torch.addmm(earlier, rows, w_hh, out=dh)
-    return gates.flatten(2), dh, dc
+        dh = torch.mm(row, w_hh, out=dh) if earlier is None else torch.addmm(earlier, row, w_hh, out=dh)
+    return rows, dh, dc

@@ -7,7 +7,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from per_sample._kernels.gram_norm import finest, gram, gram_piece, joined, norm_of_grams, product_dtype
+from per_sample._kernels.gram_norm import HALF, gram, gram_piece, joined, norm_of_grams, product_dtype
+from per_sample._kernels.squares import square_sums
 
 # The cost of one element of a product beyond its arithmetic, in multiply-adds: writing it, reading it, squaring it.
 _ELEMENT = 8
@@ -55,7 +56,7 @@ def outer_sq_norm(left: Tensor, right: Tensor, algorithm: str, *, functional: bo
     batch = left.shape[:-2]
     left, right = left.transpose(-1, -2).flatten(0, -3), right.flatten(0, -3)  # (n e, t, o) and (n e, t, i)
     if algorithm == "product":
-        value, floor = _norm_of_product(left, right)
+        value, floor = _norm_of_product(left.flatten(1), right.flatten(1), functional)
     else:
         value, floor = _norm_by_grams(left, right, functional)
     return _over_blocks(value, batch), None if floor is None else _over_blocks(floor, batch)
@@ -66,11 +67,11 @@ def _over_blocks(x: Tensor, batch: torch.Size) -> Tensor:
     return x.reshape(batch).flatten(1).sum(1) if len(batch) > 1 else x
 
 
-def _norm_of_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:
-    dtype = finest(left.device)
-    squares = [x.to(dtype).square().sum((1, 2)) for x in (left, right)]
-    # No product of two squares of float32 numbers leaves the range of float64.
-    floor = None if left.dtype != dtype else 1e10 * torch.finfo(dtype).tiny * (squares[0] + squares[1])
+def _norm_of_product(left: Tensor, right: Tensor, functional: bool) -> tuple[Tensor, Tensor | None]:
+    left, right = (x.float() if x.dtype in HALF else x for x in (left, right))
+    squares = [square_sums(x, functional=functional) for x in (left, right)]
+    # Below the range in which squares keep their digits, those of either side are not to be believed.
+    floor = None if functional else 1e10 * torch.finfo(left.dtype).tiny * (squares[0] + squares[1])
     return squares[0] * squares[1], floor
 
 

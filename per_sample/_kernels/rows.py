@@ -7,6 +7,7 @@ from torch import Tensor
 
 from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.memory import empty
+from per_sample._kernels.squares import square_sums
 
 
 def scatter_rows(index: Tensor, g: Tensor, num_rows: int, *, functional: bool = False) -> Tensor:
@@ -75,5 +76,4 @@ def rows_sq_norm(index: Tensor, g: Tensor) -> Tensor:
 
 
 def _squares(rows: Tensor) -> Tensor:
-    dtype = rows.dtype if rows.device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(rows, dim=-1).to(dtype).square()
+    return square_sums(rows.flatten(0, -2)).view(rows.shape[:-1])

@@ -17,15 +17,13 @@ from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.gram_norm import CANCELLATION, finest
 from per_sample._kernels.outer_norm import outer_norm_algorithm, outer_sq_norm
 from per_sample._kernels.rows import rows_sq_norm
+from per_sample._kernels.squares import square_sums
 from per_sample.quantities.formed import compact, formed_pieces, held_at_once, joined, real
 from per_sample.quantities.inner import inner
 from per_sample.quantities.pieces import chosen, wide, wide_dtype
 from per_sample.quantities.precision import doubled, mapped, operands, real_dtype
 
 __all__ = ["inner", "norm_algorithm", "sq_norm"]
-
-# So many float32 squares may be added one after the other.
-_BLOCK = 4096
 
 
 def sq_norm(factor: Factor, *, functional: bool = False) -> Tensor:
@@ -128,16 +126,7 @@ def _least(grads: Tensor) -> float:
 def _square_sums(grads: Tensor, functional: bool) -> Tensor:
     """The sum of the squares of each sample's numbers, ``[n, *shape]`` to ``[n]``."""
     x = real(grads)
-    x = x.reshape(x.shape[0], prod(x.shape[1:]))
-    dtype = finest(x.device)
-    if functional or x.shape[1] == 0:
-        return x.to(dtype).square().sum(1)
-    whole = x.shape[1] - x.shape[1] % _BLOCK
-    rest = torch.linalg.vector_norm(x[:, whole:], dim=1).to(dtype).square()
-    if not whole:
-        return rest
-    blocks = torch.linalg.vector_norm(x[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK)), dim=2)
-    return blocks.to(dtype).square().sum(1) + rest
+    return square_sums(x.reshape(x.shape[0], prod(x.shape[1:])), functional=functional)
 
 
 def _recomputed(factor: Factor, value: Tensor, doubtful: Tensor) -> Tensor:
