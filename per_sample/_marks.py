@@ -20,7 +20,7 @@ _library.define("leaf(Tensor x, int dim) -> Tensor")
 _library.define("gradient(Tensor loss, Tensor[] leaves, SymInt n) -> Tensor[]")
 _library.define("read_out(Tensor x, SymInt n) -> Tensor")
 # A method of `LeafGrads`, asked of one leaf's gradients; what stands for a `LeafGrads` is a tensor of the size it would have.
-_library.define("ask(Tensor grads, str question, Tensor[] tensors, float[] numbers) -> Tensor[]")
+_library.define("ask(Tensor grads, str question, Tensor[] tensors, float[] numbers, int[] integers) -> Tensor[]")
 ops = torch.ops.per_sample
 
 
@@ -41,19 +41,19 @@ def _read_out(x: Tensor, n: int) -> Tensor:
 
 
 @torch.library.register_fake("per_sample::ask", lib=_library)
-def _ask(grads: Tensor, question: str, tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
+def _ask(grads: Tensor, question: str, tensors: list[Tensor], numbers: list[float], integers: list[int]) -> list[Tensor]:
     """The sizes of the answers, by asking a tensor of gradients."""
-    found = answered(LeafGrads(Dense(grads), functional=True), question, tensors, numbers)
+    found = answered(LeafGrads(Dense(grads), functional=True), question, tensors, numbers, integers)
     return [torch.empty_like(x.materialize() if isinstance(x, LeafGrads) else x) for x in found]
 
 
-def answered(grads: LeafGrads, question: str, tensors: list[Any], numbers: list[float]) -> list[Any]:
+def answered(grads: LeafGrads, question: str, tensors: list[Any], numbers: list[float], integers: list[int]) -> list[Any]:
     """What the gradients answer: a list of tensors, or of gradients in another form."""
     if question == "gram":
         other = tensors[0] if isinstance(tensors[0], LeafGrads) else LeafGrads(Dense(tensors[0]), functional=True)
         return [grads.gram(other)]
     if question in _PROJECTORS:
-        *fields, leaf = (int(x) for x in numbers)
+        *fields, leaf = integers
         return [grads.project(_PROJECTORS[question](*fields), leaf)]
     if question == "of_nobody":
         return [LeafGrads(Dense(grads.materialize()[:0]), functional=True)]
@@ -82,8 +82,8 @@ class TracedGrads:
         self.shape = shape
         self.dtype = grads.dtype
 
-    def _ask(self, question: str, *tensors: Tensor, numbers: tuple[float, ...] = ()) -> list[Tensor]:
-        found: list[Tensor] = ops.ask(self.grads, question, list(tensors), [float(x) for x in numbers])
+    def _ask(self, question: str, *tensors: Tensor, numbers: tuple[float, ...] = (), integers: tuple[int, ...] = ()) -> list[Tensor]:
+        found: list[Tensor] = ops.ask(self.grads, question, list(tensors), [float(x) for x in numbers], list(integers))
         return found
 
     def materialize(self) -> Tensor:
@@ -125,7 +125,7 @@ class TracedGrads:
         if name not in _PROJECTORS:
             raise UnsupportedError(f"torch.compile knows the library's own projectors alone, not {name}.")
         fields = [getattr(projector, field.name) for field in dataclasses.fields(projector)]
-        return self._ask(name, numbers=(*fields, leaf))[0]
+        return self._ask(name, integers=(*fields, leaf))[0]
 
     def condition(self) -> Tensor:
         """As in ``LeafGrads``."""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from per_sample import (
     ArgumentError,
+    GaussianProjector,
     NonFiniteWarning,
     clipped_grad,
     grad_gram,
@@ -25,6 +26,7 @@ from per_sample import (
     per_sample_grad_map,
     per_sample_grad_norm,
     per_sample_jacobian,
+    projected_grad,
     weighted_grad,
 )
 
@@ -214,3 +216,11 @@ def test_the_gradients_of_a_jacobian_are_those_of_its_outputs() -> None:
     w, x = torch.randn(3, 2).double(), torch.randn(5, 2).double()
     rows = [per_sample_grad(lambda w, x, k=k: (w @ x).tanh()[k])(w, x) for k in range(3)]
     torch.testing.assert_close(per_sample_jacobian(lambda w, x: (w @ x).tanh())(w, x), torch.stack(rows, 1))
+
+
+@pytest.mark.parametrize("seed", [2**62 + 1, -7])
+def test_a_long_seed_gives_the_same_projection_where_it_is_compiled(seed: int) -> None:
+    w, x = torch.randn(5, 4), torch.randn(3, 2, 5)
+    projected = projected_grad(lambda w, x: (x @ w).sin().sum(), GaussianProjector(6, seed=seed))
+    compiled = torch.compile(lambda w, x: projected(w, x), fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(w, x), projected(w, x))

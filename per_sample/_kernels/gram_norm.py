@@ -13,7 +13,7 @@ from per_sample._kernels.onednn import fast_mm, inner_product
 from per_sample._options import current_options
 
 # What is formed and reduced at once should not leave the cache.
-CACHE_BYTES = 4 * 2**20
+CACHE_BYTES = 2 * 2**20
 HALF = (torch.float16, torch.bfloat16)
 
 # How far below the bound on its terms a squared norm may lie. Rounding is about one eps of the bound where the terms are copies of one

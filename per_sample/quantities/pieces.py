@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # What is formed and reduced at once should not leave the cache.
-_CACHE_BYTES = 4 * 2**20
+_CACHE_BYTES = 2 * 2**20
 _HALF = (torch.float16, torch.bfloat16)
 
 

@@ -52,8 +52,8 @@ class Projector:
 
 def _check_numbers(projector: object, **numbers: int) -> None:
     for name, number in numbers.items():
-        if type(number) is not int or (name != "seed" and number < 1):
-            wanted = "an integer" if name == "seed" else "a positive integer"
+        if type(number) is not int or not (-(2**63) if name == "seed" else 1) <= number < 2**63:
+            wanted = "an integer of 64 bits" if name == "seed" else "a positive integer"
             raise ValueError(f"`{name}` of {type(projector).__name__} must be {wanted}; got {number!r}.")
 
 

@@ -78,7 +78,8 @@ def mkldnn_rnn_layer(
     h, saved = _forward(layer, hx_, cx_)
     # Copies, since the program may write into the last state.
     last = [x.reshape(ctx.n, *hx_.shape).to(layer.dtype, copy=True) for x in (h[-1], saved[-1, ..., 4 * hidden_size :])]
-    return layer.out(h), *last, saved.movedim(0, -2).reshape(ctx.n, layer.b, layer.t, -1)
+    # The program may view it, and the op's own result is contiguous.
+    return layer.out(h).contiguous(), *last, saved.movedim(0, -2).reshape(ctx.n, layer.b, layer.t, -1)
 
 
 @rule(aten.mkldnn_rnn_layer_backward.default)
