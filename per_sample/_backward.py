@@ -80,9 +80,9 @@ def reduce_on_arrival(targets: list[Tensor], reduce: Reduce, ctx: Context) -> di
     reduced: dict[int, Reduced] = {}
 
     def watch(number: int, nothing: Tensor) -> Callable[[Tensor], Tensor | None]:
-        def arrived(grad: Tensor) -> Tensor | None:
-            if type(_get_current_dispatch_mode()) is not Interpreter:
-                return None  # inside a mode of the program's own: later
+        def arrived(grad: Tensor | None) -> Tensor | None:
+            if grad is None or type(_get_current_dispatch_mode()) is not Interpreter:
+                return None  # zero whatever the samples are, or inside a mode of the program's own: later
             if number in reduced:
                 # The program differentiates inside the backward pass, and this was only a part.
                 raise Restart(ctx, after=True)
