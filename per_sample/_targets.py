@@ -75,8 +75,9 @@ class Targets:
 
     def flat(self, tree: Any, name: str) -> list[Any]:
         """The entries of a tree of that structure, one for each leaf; ``name`` is for the message."""
-        found, spec = self.trees.flatten(tree)
-        numbers, own_spec = self.trees.flatten(self.structured(list(range(len(self.leaves)))))
+        own = self.structured(list(range(len(self.leaves))))
+        found, spec = self.trees.flatten(self.trees.ordered_like(tree, own))
+        numbers, own_spec = self.trees.flatten(own)
         if spec != own_spec:
             raise ArgumentError(f"`{name}` must have the structure of the differentiated argument, {own_spec}; got {spec}.")
         return self._by_number(found, numbers)

@@ -29,3 +29,8 @@ def map(f: Callable[..., Any], *trees: Any) -> Any:
 def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
     """One entry of the prefix tree for each leaf of the tree; ValueError if it is none."""
     return optree.broadcast_prefix(prefix, tree, none_is_leaf=True)
+
+
+def ordered_like(prefix: Any, tree: Any) -> Any:
+    """The prefix tree as it is: the leaves of dicts are ordered by their keys."""
+    return prefix

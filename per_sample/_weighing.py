@@ -13,6 +13,7 @@ from per_sample._batches import in_order, rows
 from per_sample._errors import ArgumentError, UnsupportedError
 from per_sample._evaluate import Evaluation, evaluate
 from per_sample._factors import Dense
+from per_sample._kernels.functional import must_be_functional
 from per_sample._surroundings import random_states
 from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.combined import root, total
@@ -135,9 +136,22 @@ def _parts(grads: LeafGrads, weights: Weights, own: Tensor) -> tuple[Tensor, Ten
     if weights.apart is not None:
         formed = grads.of(weights.apart.nonzero().flatten()).formed()
         keep = ~weights.apart if keep is None else keep & ~weights.apart
-    if keep is not None:
-        grads = grads.kept(keep)
-    return grads.weighted_sum(own.to(real_dtype(grads.dtype))), formed
+    if keep is None:
+        return grads.weighted_sum(_rounded_down(own, real_dtype(grads.dtype))), formed
+    own = torch.where(keep, own, 0)
+    summed = grads.kept(keep).weighted_sum(_rounded_down(own, real_dtype(grads.dtype)))
+    # What all samples share, such as a scale of the weights, may itself not be finite: then none is kept.
+    return torch.where(keep.any(), summed, 0), formed
+
+
+def _rounded_down(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in a lower precision, none of which is larger than it was: among numbers next to zero rounding is coarse."""
+    found = weights.to(dtype)
+    if found.dtype == weights.dtype or weights.dtype != torch.float64:
+        return found
+    if must_be_functional(weights):
+        return torch.where(weights.abs() < torch.finfo(dtype).tiny, 0, found)
+    return torch.where(found.abs() > weights.abs(), torch.nextafter(found, torch.zeros_like(found)), found)
 
 
 def _together(parts: list[Any], weighing: Weighing, apart: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
@@ -150,7 +164,7 @@ def _together(parts: list[Any], weighing: Weighing, apart: Tensor | None) -> tup
     finite = torch.stack([norm.isfinite() for norm in norms]).all(0)
     weights = [torch.where(finite, weighing.weight(group, norm), 0) for group, norm in enumerate(norms)]
     for number, (own, group) in enumerate(zip(formed, weighing.groups, strict=True)):
-        sums[number] = sums[number] + own.kept(finite).weighted_sum(weights[group].to(real_dtype(own.dtype)))
+        sums[number] = sums[number] + own.kept(finite).weighted_sum(_rounded_down(weights[group], real_dtype(own.dtype)))
     return sums, torch.zeros_like(apart).masked_scatter(apart, ~finite)
 
 

@@ -21,6 +21,7 @@ from per_sample import (
     NonFiniteWarning,
     clipped_grad,
     grad_gram,
+    grad_second_moment,
     per_sample_grad,
     per_sample_grad_dot,
     per_sample_grad_map,
@@ -224,3 +225,54 @@ def test_a_long_seed_gives_the_same_projection_where_it_is_compiled(seed: int) -
     projected = projected_grad(lambda w, x: (x @ w).sin().sum(), GaussianProjector(6, seed=seed))
     compiled = torch.compile(lambda w, x: projected(w, x), fullgraph=True, backend="aot_eager", dynamic=False)
     torch.testing.assert_close(compiled(w, x), projected(w, x))
+
+
+def named(p: dict[str, Tensor], d: dict[str, Tensor]) -> Tensor:
+    return (F.linear(d["x"], p["a"]) + p["b"]).square().sum() * d["s"][0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bounds_and_directions_go_by_key_whatever_the_order(compiled: bool) -> None:
+    torch.manual_seed(0)
+    p, d = {"b": torch.randn(7), "a": torch.randn(7, 5)}, {"x": torch.randn(5, 6), "s": torch.randn(6, 2)}
+    in_dims = (None, {"s": 0, "x": 1})
+
+    def run(f: Any) -> Any:
+        return (torch.compile(lambda *args: f(*args), fullgraph=True, backend="aot_eager", dynamic=False) if compiled else f)(p, d)
+
+    grads = {name: torch.stack([torch.func.grad(named)(p, {"x": d["x"][:, k], "s": d["s"][k]})[name] for k in range(6)]) for name in p}
+    norms = {name: g.flatten(1).norm(dim=1) for name, g in grads.items()}
+    bounds = {"a": 1.0, "b": 0.5}
+    summed, found = run(clipped_grad(named, bounds, in_dims=in_dims, return_norms=True))
+    torch.testing.assert_close(found, norms)
+    for name, g in grads.items():
+        torch.testing.assert_close(summed[name], torch.tensordot((bounds[name] / norms[name]).clamp(max=1), g, 1))
+    direction = {"a": torch.randn(7, 5), "b": torch.randn(7)}
+    dots = sum((grads[name] * direction[name]).flatten(1).sum(1) for name in p)
+    torch.testing.assert_close(run(per_sample_grad_dot(named, direction, in_dims=in_dims)), dots)
+
+
+def test_squares_of_a_scaled_weight_are_taken_after_the_scale() -> None:
+    torch.manual_seed(0)
+    s, x = torch.rand(4, 3) * 1e-25, torch.randn(5, 2, 3)
+    moment = grad_second_moment(lambda w, x: F.linear(x, w * s).sum() * 1e30)(torch.randn(4, 3), x)
+    expected = (x.double().sum(1).unsqueeze(1) * s.double() * 1e30).square().mean(0)
+    torch.testing.assert_close(moment.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bound", [1.0, 1e-3, 1e-7])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_weights_next_to_zero_are_rounded_down(bound: float, memory: str) -> None:
+    x = torch.linspace(1e38, 3e38, 64).unsqueeze(1)
+    clipped = clipped_grad(lambda w, x: (w * x).sum(), bound, memory=memory)
+    for k in range(64):
+        assert clipped(torch.zeros(1), x[k : k + 1]).norm().double() <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_scale_that_is_not_finite_leaves_zeros(memory: str) -> None:
+    s = torch.ones(4, 3)
+    s[0, 0] = torch.inf
+    clipped = clipped_grad(lambda w, x: F.linear(x, w * s).sum(), 1.0, memory=memory)
+    with pytest.warns(NonFiniteWarning, match="5 of 5"):
+        assert not clipped(torch.randn(4, 3), torch.randn(5, 2, 3)).any()

@@ -24,8 +24,8 @@ def square_sum(factor: Factor, *, functional: bool = False) -> Tensor:
     """The sum of ``|g|**2`` over the samples, ``[*shape]``, real, float32 or wider."""
     if isinstance(factor, View):
         return square_sum(factor.base, functional=functional).reshape(factor.shape)
-    if isinstance(factor, Hadamard):
-        return _multiplied(factor, square_sum(factor.base, functional=functional))
+    if isinstance(factor, Hadamard) and factor.by.dtype == torch.bool:
+        return factor.applied(square_sum(factor.base, functional=functional))
     if _factorises(factor):
         return _outer_square_sum(factor).to(real_dtype(factor.like.dtype))
     if isinstance(factor, Rows):
@@ -47,9 +47,9 @@ def moments(factor: Factor, *, functional: bool = False) -> Moments:
     if isinstance(factor, View):
         mean, deviations = moments(factor.base, functional=functional)
         return mean.reshape(factor.shape), deviations.reshape(factor.shape)
-    if isinstance(factor, Hadamard):
+    if isinstance(factor, Hadamard) and factor.by.dtype == torch.bool:
         mean, deviations = moments(factor.base, functional=functional)
-        return factor.applied(mean), _multiplied(factor, deviations)
+        return factor.applied(mean), factor.applied(deviations)
     n = count(factor)
     if type(n) is int and n == 0:
         zeros = torch.zeros(factor.shape, dtype=wide_dtype(factor.like.dtype), device=factor.like.device)
@@ -98,14 +98,6 @@ def _wide_pieces(factor: Factor, functional: bool) -> Iterator[Tensor]:
     for _, piece in widened_pieces(factor):
         for _, grads in sample_pieces(piece, functional=functional):
             yield grads
-
-
-def _multiplied(factor: Hadamard, squared: Tensor) -> Tensor:
-    """The base's sums of squares times the square of what it is multiplied by."""
-    if factor.by.dtype == torch.bool:
-        return factor.applied(squared)
-    by = factor.by.abs()
-    return squared * by * by
 
 
 def _factorises(factor: Factor) -> bool:

@@ -30,9 +30,13 @@ class Rounding(NamedTuple):
 
     harmless: float  # parts this times smaller than the bound cannot move the sum beyond it by more than rounding
     added: float  # parts count as a gradient of this share of them
+    largest: float  # number of the precision
 
 
-_ROUNDING = {torch.float32: Rounding(1e-3, 1e-5), torch.float64: Rounding(1e-8, 1e-13)}
+_ROUNDING = {
+    torch.float32: Rounding(1e-3, 1e-5, torch.finfo(torch.float32).max),
+    torch.float64: Rounding(1e-8, 1e-13, torch.finfo(torch.float64).max),
+}
 _RELATIONS = {"add_or_remove_one": 1.0, "replace_one": 2.0}
 
 
@@ -202,7 +206,8 @@ class ClippedGrad:
         samples: Sequence[int] | None,
     ) -> Weights:
         functional = must_be_functional(*norms)
-        keep = torch.stack([norm.isfinite() for norm in norms]).all(0)
+        # A norm beyond the range of the gradients' precision is that of no gradient in it.
+        keep = torch.stack([norm <= rounding.largest for norm in norms]).all(0)
         if padding is not None:
             keep = keep & ~rows(padding, samples)
         if functional:

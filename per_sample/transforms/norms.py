@@ -49,7 +49,7 @@ def per_sample_grad_norm(
     Returns:
         A function of the same arguments that returns the norms ``[n]``, or with ``per_leaf`` the structure of the differentiated argument
         with norms ``[n]``, in float32 for parameters in half precision; with ``has_aux`` a pair ``(norms, aux)``. The norm of a gradient
-        that is not finite is not finite.
+        that is not finite is not finite, unless it would be if float32 could hold what it is made of.
 
     Raises:
         ArgumentError: for options that cannot be right.
