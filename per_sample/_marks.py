@@ -53,7 +53,7 @@ def answered(grads: LeafGrads, question: str, tensors: list[Any], numbers: list[
         other = tensors[0] if isinstance(tensors[0], LeafGrads) else LeafGrads(Dense(tensors[0]), functional=True)
         return [grads.gram(other)]
     if question in _PROJECTORS:
-        *fields, leaf = integers
+        *fields, leaf = map(int, integers)  # dynamo may have made symbols of them
         return [grads.project(_PROJECTORS[question](*fields), leaf)]
     if question == "of_nobody":
         return [LeafGrads(Dense(grads.materialize()[:0]), functional=True)]

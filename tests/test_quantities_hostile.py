@@ -276,3 +276,30 @@ def test_a_scale_that_is_not_finite_leaves_zeros(memory: str) -> None:
     clipped = clipped_grad(lambda w, x: F.linear(x, w * s).sum(), 1.0, memory=memory)
     with pytest.warns(NonFiniteWarning, match="5 of 5"):
         assert not clipped(torch.randn(4, 3), torch.randn(5, 2, 3)).any()
+
+
+@pytest.mark.parametrize("grad_mode", [False, True], ids=["plain", "parameters that require grad"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e20), (torch.float32, 1e30), (torch.bfloat16, 1e30), (torch.float64, 1e200)])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_huge_input_without_a_gradient(memory: str, dtype: torch.dtype, size: float, grad_mode: bool) -> None:
+    """The squares of a dead unit's inputs leave the range; its gradient is zero all the same."""
+    torch.manual_seed(0)
+    w, x = torch.rand(7, 5).to(dtype).requires_grad_(grad_mode), torch.rand(6, 2, 5).to(dtype)
+    x[2] = -size
+
+    def dead(w: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, w).relu().sum()
+
+    summed, norms = clipped_grad(dead, 0.7, return_norms=True, memory=memory)(w, x)
+    others = [0, 1, 3, 4, 5]
+    assert norms[2] == 0
+    torch.testing.assert_close(summed, clipped_grad(dead, 0.7, memory=memory)(w, x[others]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("company", [1.0, 1e20])
+def test_a_norm_does_not_depend_on_the_company(company: float) -> None:
+    w, x = torch.rand(7, 5), torch.rand(6, 2, 5)
+    x[2], x[3] = -1e20, company
+    norms = per_sample_grad_norm(lambda w, x: F.linear(x, w).relu().sum())(w, x)
+    assert norms[2] == 0
+    assert norms.isfinite().all()

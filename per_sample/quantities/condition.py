@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from per_sample._factors import ConvOuter, Dense, Factor, Hadamard, Outer, Rows, Sum, View
+from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.gram_norm import finest
 from per_sample.quantities.pieces import wide
 
@@ -38,4 +39,17 @@ def condition(factor: Factor) -> Tensor:
 def _size(x: Tensor) -> Tensor:
     # Rounding has no derivative.
     x = wide(x.detach())
-    return (torch.linalg.vector_norm(x, 2, tuple(range(1, x.dim()))) if x.dim() > 1 else x.abs()).to(finest(x.device))
+    dtype = finest(x.device)
+    if must_be_functional(x):
+        return _norm(x.to(torch.promote_types(x.dtype, dtype)))
+    found = _norm(x).to(dtype)
+    # Squares in single precision may have left its range.
+    doubtful = ~((found > 1e-15) & found.isfinite())
+    if bool(doubtful.any()):
+        numbers = doubtful.nonzero().flatten()
+        found = found.index_copy(0, numbers, _norm(x[numbers].to(torch.promote_types(x.dtype, dtype))))
+    return found
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, 2, tuple(range(1, x.dim()))) if x.dim() > 1 else x.abs()

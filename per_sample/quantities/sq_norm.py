@@ -135,13 +135,24 @@ def _recomputed(factor: Factor, value: Tensor, doubtful: Tensor) -> Tensor:
     found = []
     for some in numbers.split(held_at_once(factor)):
         piece = chosen(factor, some)
-        if bool(_vanishes(piece).all()):
-            found.append(value[some])  # zero, or zero times infinity
-            continue
-        # The fast way once more where float64 can better it.
-        wider = mapped(piece, doubled)
-        found.append(_formed_norm(piece, False)[0] if wider.like.dtype == factor.like.dtype else sq_norm(wider))
+        # Samples without a gradient are many, and need no second look: zero times what is finite.
+        again = ~(_vanishes(piece) & _finite(piece))
+        norms = torch.zeros_like(value[some])
+        if bool(again.any()):
+            norms[again] = _wider_norm(chosen(piece, again.nonzero().flatten()))
+        found.append(norms)
     return value.index_put((numbers,), torch.cat(found))
+
+
+def _wider_norm(factor: Factor) -> Tensor:
+    """By the fast way once more where float64 can better it."""
+    wider = mapped(factor, doubled)
+    return _formed_norm(factor, False)[0] if wider.like.dtype == factor.like.dtype else sq_norm(wider)
+
+
+def _finite(factor: Factor) -> Tensor:
+    """Whether all that each sample's gradient is made of is finite, ``[n]``."""
+    return torch.stack([x.isfinite().reshape(x.shape[0], prod(x.shape[1:])).all(1) for x in operands(factor)]).all(0)
 
 
 def _vanishes(factor: Factor) -> Tensor:

@@ -59,8 +59,10 @@ def clipped_grad(
     """Transform the loss of one sample into a function that returns the sum of the samples' clipped gradients, from one backward pass.
 
     Each sample's gradient ``g`` counts as ``min(1, max_norm / |g|) * g``, so that no sample moves the sum by more than ``max_norm``. A
-    sample whose gradient is not finite is left out, with a ``NonFiniteWarning``. Without noise the sum is not private; see the README's
-    limits.
+    sample whose gradient is not finite, or has a norm beyond the range of its precision, is left out, with a ``NonFiniteWarning`` (the
+    derivative of the sum is then not a number). A sample whose gradient is so much smaller than the parts it is a sum of that rounding
+    could carry it beyond the bound is formed, and weighed by the norm that it has then. Without noise the sum is not private; see the
+    README's limits.
 
     Args:
         fn: as in ``per_sample_grad``.
@@ -206,13 +208,13 @@ class ClippedGrad:
         samples: Sequence[int] | None,
     ) -> Weights:
         functional = must_be_functional(*norms)
+        if functional:
+            # Nobody can look at values here: what rounding may add to the sum counts as if it were in the gradient.
+            norms = [torch.maximum(norm, whole * rounding.added) for norm, whole in zip(norms, conditions, strict=True)]
         # A norm beyond the range of the gradients' precision is that of no gradient in it.
         keep = torch.stack([norm <= rounding.largest for norm in norms]).all(0)
         if padding is not None:
             keep = keep & ~rows(padding, samples)
-        if functional:
-            # Nobody can look at values here: what rounding may add to the sum counts as if it were in the gradient.
-            norms = [torch.maximum(norm, whole * rounding.added) for norm, whole in zip(norms, conditions, strict=True)]
         weights = [self._weight(norm, bound) for norm, bound in zip(norms, bounds, strict=True)]
         if functional:
             return Weights([torch.where(keep, weight, 0) for weight in weights], keep)
