@@ -152,6 +152,12 @@ def _wider_norm(factor: Factor) -> Tensor:
 
 def _finite(factor: Factor) -> Tensor:
     """Whether all that each sample's gradient is made of is finite, ``[n]``."""
+    if isinstance(factor, Sum):
+        return torch.stack([_finite(term) for term in factor.terms]).all(0)
+    if isinstance(factor, View):
+        return _finite(factor.base)
+    if isinstance(factor, Hadamard):
+        return _finite(factor.base) & factor.by.isfinite().all()
     return torch.stack([x.isfinite().reshape(x.shape[0], prod(x.shape[1:])).all(1) for x in operands(factor)]).all(0)
 
 
