@@ -12,7 +12,7 @@ from per_sample._factors import ConvOuter, Dense, Factor, Hadamard, Outer, Rows,
 from per_sample._options import current_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # What is formed and reduced at once should not leave the cache.
 _CACHE_BYTES = 2 * 2**20
@@ -34,22 +34,27 @@ def count(factor: Factor) -> int:
     return factor.like.shape[0]
 
 
+def of_samples(factor: Factor, change: Callable[[Tensor], Tensor]) -> Factor:
+    """The factor with each tensor that has a sample axis changed."""
+    if isinstance(factor, Dense):
+        return Dense(change(factor.value))
+    if isinstance(factor, Outer):
+        return Outer(change(factor.left), change(factor.right))
+    if isinstance(factor, ConvOuter):
+        return ConvOuter(change(factor.x), change(factor.g), factor.geometry)
+    if isinstance(factor, Rows):
+        return Rows(change(factor.index), change(factor.g), factor.num_rows)
+    if isinstance(factor, Sum):
+        return Sum(tuple(of_samples(term, change) for term in factor.terms))
+    if isinstance(factor, Hadamard):
+        return Hadamard(of_samples(factor.base, change), factor.by)
+    assert isinstance(factor, View)
+    return View(of_samples(factor.base, change), factor.shape)
+
+
 def chosen(factor: Factor, index: Tensor | slice) -> Factor:
     """The same gradients for some of the samples: a slice, or their numbers."""
-    if isinstance(factor, Dense):
-        return Dense(factor.value[index])
-    if isinstance(factor, Outer):
-        return Outer(factor.left[index], factor.right[index])
-    if isinstance(factor, ConvOuter):
-        return ConvOuter(factor.x[index], factor.g[index], factor.geometry)
-    if isinstance(factor, Rows):
-        return Rows(factor.index[index], factor.g[index], factor.num_rows)
-    if isinstance(factor, Sum):
-        return Sum(tuple(chosen(term, index) for term in factor.terms))
-    if isinstance(factor, Hadamard):
-        return Hadamard(chosen(factor.base, index), factor.by)
-    assert isinstance(factor, View)
-    return View(chosen(factor.base, index), factor.shape)
+    return of_samples(factor, lambda x: x[index])
 
 
 def kept(factor: Factor, keep: Tensor) -> Factor:
@@ -58,20 +63,7 @@ def kept(factor: Factor, keep: Tensor) -> Factor:
     def masked(x: Tensor) -> Tensor:
         return torch.where(keep.reshape(-1, *(1,) * (x.dim() - 1)), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
-    if isinstance(factor, Dense):
-        return Dense(masked(factor.value))
-    if isinstance(factor, Outer):
-        return Outer(masked(factor.left), masked(factor.right))
-    if isinstance(factor, ConvOuter):
-        return ConvOuter(masked(factor.x), masked(factor.g), factor.geometry)
-    if isinstance(factor, Rows):
-        return Rows(factor.index, masked(factor.g), factor.num_rows)
-    if isinstance(factor, Sum):
-        return Sum(tuple(kept(term, keep) for term in factor.terms))
-    if isinstance(factor, Hadamard):
-        return Hadamard(kept(factor.base, keep), factor.by)
-    assert isinstance(factor, View)
-    return View(kept(factor.base, keep), factor.shape)
+    return of_samples(factor, masked)
 
 
 def sample_pieces(factor: Factor, *, functional: bool = False) -> Iterator[tuple[slice, Tensor]]:
