@@ -67,8 +67,8 @@ def _peak(*job: Any) -> int:
 def _measured(workload_name: str, n: int, quantity: str, method_name: str, max_norm: float, threads: int) -> int:
     torch.set_num_threads(threads)
     method, workload = METHODS[quantity][method_name], WORKLOADS[workload_name]
-    # What is loaded and set up once, at the first call of all, belongs to no batch.
-    method.prepare(replace(workload, n=2).build())()
+    # What is loaded and set up once, at the first call of all, belongs to no batch. Half the batch is large enough to need all of it.
+    method.prepare(replace(workload, n=max(2, n // 2)).build())()
     runner = method.prepare(replace(replace(workload, n=n).build(), max_norm=max_norm))
     _settle()
     # Resets the peak to what is resident now.

@@ -93,9 +93,9 @@ def clipped_grad(
     Example:
         >>> import torch
         >>> from per_sample import clipped_grad
-        >>> clipped = clipped_grad(lambda w, x: w @ x, max_norm=5.0)
+        >>> clipped = clipped_grad(lambda w, x: w @ x, max_norm=25.0)
         >>> clipped(torch.ones(2), torch.tensor([[30.0, 40.0], [1.0, 0.0]])), clipped.sensitivity()
-        (tensor([4., 4.]), 5.0)
+        (tensor([16., 20.]), 25.0)
 
     Source:
         Abadi et al., Deep Learning with Differential Privacy, 2016, https://arxiv.org/abs/1607.00133; Bu et al., Automatic Clipping, 2022,
