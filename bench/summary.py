@@ -31,7 +31,8 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _table(results: list[dict[str, Any]], ratio: str) -> list[str]:
-    methods = list(dict.fromkeys(r["method"] for r in results))
+    # A method that was not asked for the number has no column.
+    methods = list(dict.fromkeys(r["method"] for r in results if ratio in r["ratios"]))
     workloads = list(dict.fromkeys((r["workload"], r["n"]) for r in results))
     cell = {(r["workload"], r["method"]): _cell(r, ratio) for r in results}
     lines = ["| workload (N) | " + " | ".join(methods) + " |", "| --- |" + " ---: |" * len(methods)]
