@@ -31,12 +31,16 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _table(results: list[dict[str, Any]], ratio: str) -> list[str]:
-    # A method that was not asked for the number has no column.
-    methods = list(dict.fromkeys(r["method"] for r in results if ratio in r["ratios"]))
+    # A method that was not asked for the number has no column; one that fails everywhere has.
+    methods = [m for m in dict.fromkeys(r["method"] for r in results) if _has_column([r for r in results if r["method"] == m], ratio)]
     workloads = list(dict.fromkeys((r["workload"], r["n"]) for r in results))
     cell = {(r["workload"], r["method"]): _cell(r, ratio) for r in results}
     lines = ["| workload (N) | " + " | ".join(methods) + " |", "| --- |" + " ---: |" * len(methods)]
     return lines + [f"| {name} ({n}) | " + " | ".join(cell.get((name, m), "-") for m in methods) + " |" for name, n in workloads]
+
+
+def _has_column(results: list[dict[str, Any]], ratio: str) -> bool:
+    return any(ratio in r["ratios"] for r in results) or all(r["status"] != "ok" for r in results)
 
 
 def _cell(result: dict[str, Any], ratio: str) -> str:
