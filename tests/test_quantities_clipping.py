@@ -208,6 +208,10 @@ def test_a_module_and_its_optimizer():
     net = torch.nn.Linear(3, 2)
     fn = lambda q, x: torch.func.functional_call(net, q, x).square().sum()  # noqa: E731
     sums = clipped_grad(fn, 1.0, normalize_by=4)(dict(net.named_parameters()), torch.randn(4, 3))
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     for name, parameter in net.named_parameters():
         parameter.grad = sums[name].detach()
     torch.optim.SGD(net.parameters(), 0.1).step()
+    for name, parameter in net.named_parameters():
+        assert sums[name].any()
+        assert_close(parameter.detach(), before[name] - 0.1 * sums[name].detach())

@@ -303,3 +303,14 @@ def test_a_norm_does_not_depend_on_the_company(company: float) -> None:
     norms = per_sample_grad_norm(lambda w, x: F.linear(x, w).relu().sum())(w, x)
     assert norms[2] == 0
     assert norms.isfinite().all()
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_cancelling_sample_beside_one_that_is_left_out(memory: str) -> None:
+    w, x, c = cancelling(1e9, 4, 16, 17)
+    x[7] = torch.nan
+    clipped = clipped_grad(paired, 1.0, memory=memory)
+    others = [k for k in range(9) if k not in (4, 7)]
+    with pytest.warns(NonFiniteWarning, match="1 of 9"):
+        summed = clipped(w, x, c)
+    assert (summed - clipped(w, x[others], c[others])).norm() <= clipped.sensitivity() * (1 + 1e-5) + 8 * 1e-6
