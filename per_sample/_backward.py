@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # only differentiable ops will do.
 Reduce = Callable[[int, Any, bool], Any]
 
+# Below so many numbers the factors of all leaves wait until the backward pass is over: hooks would take more time than the memory is worth.
+LARGE = 2**18
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Reduced:
@@ -61,7 +64,7 @@ def differentiate(
         if ctx.accumulates:
             grads: Sequence[Tensor | None] = _accumulated(loss, targets, retain_graph)
         else:
-            if reduce is not None and not ctx.functional and not ctx.after:
+            if reduce is not None and not ctx.functional and not ctx.after and _are_large(targets, ctx.n):
                 reduced = reduce_on_arrival(targets, reduce, ctx)
             grads = _gradients(loss, targets, ctx, retain_graph)
     # The program is over: what is made from here on is the transform's own.
@@ -70,6 +73,11 @@ def differentiate(
     if any(grads[number] is None for number in reduced):
         raise Restart(ctx, after=True)
     return [reduced.get(number) or _factor(grad, target, ctx) for number, (grad, target) in enumerate(pairs)]
+
+
+def _are_large(targets: list[Tensor], n: int) -> bool:
+    """Whether what gradients take is worth a hook for each leaf."""
+    return n * sum(target.numel() for target in targets) > LARGE
 
 
 def reduce_on_arrival(targets: list[Tensor], reduce: Reduce, ctx: Context) -> dict[int, Reduced]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +23,7 @@ from per_sample._factors import Factor
 from per_sample._fresh import own_copies
 from per_sample._keys import all_keys, see_conjugates
 from per_sample._shapes import check_result
+from per_sample._skipped import skip
 
 aten = torch.ops.aten
 
@@ -131,10 +131,8 @@ def _special(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
 
 Batched.interpret = staticmethod(dispatch)
 
-# Where torch compiles parts of an eager program (`torch.cond`), dynamo must leave the interpreter alone.
-_SKIP = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-set_code_exec_strategy(Interpreter.__torch_dispatch__.__code__, _SKIP)
-set_code_exec_strategy(Batched.__torch_dispatch__.__code__, _SKIP)
+skip(Interpreter.__torch_dispatch__)
+skip(Batched.__torch_dispatch__)
 
 
 def _alias(ctx: Context, x: Tensor) -> Tensor:

@@ -127,9 +127,9 @@ class TracedGrads:
         fields = [getattr(projector, field.name) for field in dataclasses.fields(projector)]
         return self._ask(name, integers=(*fields, leaf))[0]
 
-    def condition(self) -> Tensor:
+    def sq_condition(self, square: Tensor) -> Tensor:
         """As in ``LeafGrads``."""
-        return self._ask("condition")[0]
+        return self._ask("sq_condition", square)[0]
 
     def settled(self) -> tuple[Tensor, TracedGrads]:
         """As in ``LeafGrads``."""

@@ -15,6 +15,7 @@ from per_sample import _trees as trees
 from per_sample._backward import Reduced, by_output, differentiate, read_out
 from per_sample._batched import Batched, Context, wrap, wrap_shared
 from per_sample._caller import Restart
+from per_sample._composites import composites
 from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
 from per_sample._guards import refuse_escaped
 from per_sample._surroundings import in_context
@@ -87,7 +88,8 @@ _NO_MEMORY = ("data is not allocated yet", "Cannot access data pointer", "invali
 
 def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     try:
-        return fn(*args, **kwargs)
+        with composites(ctx):
+            return fn(*args, **kwargs)
     except Exception as err:
         if not ctx.functions and _came_from_control_flow(err):
             raise Restart(ctx, functions=True) from err

@@ -103,7 +103,7 @@ class Sums(Quantity):
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
         weights = Weights(*[_rows(x, samples) for x in self.weights])
-        return _parts(grads, weights, weights.groups[self.weighing.groups[number]])
+        return _parts(grads, weights, self.weighing.groups[number], {})
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
         return _together(leaves, self.weighing, _rows(self.weights.apart, samples))
@@ -129,17 +129,24 @@ def _masks(parts: list[Tensor | None], samples: list[Sequence[int] | None], like
     return in_order(own, samples)
 
 
-def _parts(grads: LeafGrads, weights: Weights, own: Tensor) -> tuple[Tensor, Tensor | None]:
+# The weights of a group as sums in a dtype take them.
+Rounded = dict[tuple[int, torch.dtype], Tensor]
+
+
+def _parts(grads: LeafGrads, weights: Weights, group: int, known: Rounded) -> tuple[Tensor, Tensor | None]:
     """The sum of one leaf's gradients, and those that are to be added apart."""
     formed = None
     keep = weights.keep
     if weights.apart is not None:
         formed = grads.of(weights.apart.nonzero().flatten()).formed()
         keep = ~weights.apart if keep is None else keep & ~weights.apart
+    dtype = real_dtype(grads.dtype)
+    if (group, dtype) not in known:
+        own = weights.groups[group]
+        known[group, dtype] = _rounded_down(own if keep is None else torch.where(keep, own, 0), dtype)
     if keep is None:
-        return grads.weighted_sum(_rounded_down(own, real_dtype(grads.dtype))), formed
-    own = torch.where(keep, own, 0)
-    summed = grads.kept(keep).weighted_sum(_rounded_down(own, real_dtype(grads.dtype)))
+        return grads.weighted_sum(known[group, dtype]), formed
+    summed = grads.kept(keep).weighted_sum(known[group, dtype])
     # What all samples share, such as a scale of the weights, may itself not be finite: then none is kept.
     return torch.where(keep.any(), summed, 0), formed
 
@@ -182,14 +189,15 @@ class _Norms(Quantity):
         self.weighing = weighing
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
-        return grads.sq_norm(), grads.condition()
+        square = grads.sq_norm()
+        return square, grads.sq_condition(square)
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
         return None, *self.norms(leaves), None
 
     def norms(self, leaves: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Norms and bounds of each group."""
-        return by_group([leaf[0] for leaf in leaves], self.weighing), by_group([leaf[1].square() for leaf in leaves], self.weighing)
+        return by_group([leaf[0] for leaf in leaves], self.weighing), by_group([leaf[1] for leaf in leaves], self.weighing)
 
     def join(self, parts: list[Any], samples: list[Sequence[int] | None]) -> Any:
         sums, norms, conditions, lost = zip(*parts, strict=True)
@@ -204,13 +212,14 @@ class _NormsAndSums(_Norms):
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
         square, settled = grads.settled()
-        return square, settled.condition(), settled
+        return square, settled.sq_condition(square), settled
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
         norms, conditions = self.norms(leaves)
         if self.weighing.whole and samples is not None:
             return None, norms, conditions, None
         weights = self.weighing.weigh(norms, conditions, samples)
-        pairs = zip(leaves, self.weighing.groups, strict=True)
-        sums, lost = _together([_parts(leaf[2], weights, weights.groups[group]) for leaf, group in pairs], self.weighing, weights.apart)
+        known: Rounded = {}
+        parts = [_parts(leaf[2], weights, group, known) for leaf, group in zip(leaves, self.weighing.groups, strict=True)]
+        sums, lost = _together(parts, self.weighing, weights.apart)
         return sums, norms, conditions, lost

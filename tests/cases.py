@@ -23,7 +23,7 @@ def _linear(name: str, *lead: int, keep_batch_dim: bool = False) -> Case:
         (real(5, 4), real(5)),
         (real(*lead, 4),),
         (OUTER, DENSE),
-        {"aten.addmm.default": "rule", "aten.mm.default": "rule"},
+        {"aten.linear.default": "rule", "aten.linear_backward.default": "rule"},
         keep_batch_dim=keep_batch_dim,
     )
 

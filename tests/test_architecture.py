@@ -13,13 +13,13 @@ MAX_LINES = 320
 # From the bottom up: a module imports from lower layers only, and from its own layer where that makes no cycle. A
 # package stands for all its modules. Imports under TYPE_CHECKING do not count: they do not happen.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_errors", "_conversions", "_keys", "_options", "_out", "_packed", "_trees", "_torch_trees"),
+    ("_errors", "_conversions", "_keys", "_options", "_out", "_packed", "_skipped", "_trees", "_torch_trees"),
     ("_kernels",),
     ("_factors", "_conv_arguments"),
     ("quantities",),
     ("_batched", "_record"),
     ("_registry", "_values", "_fallback", "_fresh", "_caller", "_pointwise", "_shapes", "_arguments"),
-    ("_combinators", "_control", "_functions", "_guards"),
+    ("_combinators", "_composites", "_control", "_functions", "_guards"),
     ("_entries",),
     ("_interpreter",),
     ("rules", "_surroundings"),

@@ -18,9 +18,9 @@ def square_sums(x: Tensor, *, functional: bool = False) -> Tensor:
     width = x.shape[1]
     if functional or type(width) is not int or width == 0:
         return x.to(dtype).square().sum(1)
+    if width <= _BLOCK:
+        return torch.linalg.vector_norm(x, dim=1).to(dtype).square()
     whole = width - width % _BLOCK
     rest = torch.linalg.vector_norm(x[:, whole:], dim=1).to(dtype).square()
-    if not whole:
-        return rest
     blocks = torch.linalg.vector_norm(x[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK)), dim=2)
     return blocks.to(dtype).square().sum(1) + rest

@@ -13,18 +13,31 @@ from per_sample._kernels.gram_norm import finest
 from per_sample.quantities.pieces import wide
 
 
-def condition(factor: Factor) -> Tensor:
-    """A bound on the sum of the norms of the parts of each sample's gradient, ``[n]``; of gradients that are formed, their norms."""
+def sq_condition(factor: Factor, square: Tensor) -> Tensor:
+    """The square of a bound on the sum of the norms of the parts of each sample's gradient, ``[n]``; ``square``: its squared norms."""
+    return square.detach() if _is_one_part(factor) else _condition(factor).square()
+
+
+def _is_one_part(factor: Factor) -> bool:
+    """Whether there is nothing that could cancel: gradients that are formed, or one outer product a sample."""
     if isinstance(factor, View):
-        return condition(factor.base)
+        return _is_one_part(factor.base)
+    t = factor.left.shape[-1] if isinstance(factor, Outer) else None
+    return isinstance(factor, Dense) or (type(t) is int and t == 1)
+
+
+def _condition(factor: Factor) -> Tensor:
+    """The bound."""
+    if isinstance(factor, View):
+        return _condition(factor.base)
     if isinstance(factor, Sum):
-        first, *rest = [condition(term) for term in factor.terms]
+        first, *rest = [_condition(term) for term in factor.terms]
         for other in rest:
             first = first + other
         return first
     if isinstance(factor, Hadamard):
         by = factor.by.abs().amax() if factor.by.dtype != torch.bool and factor.by.numel() else 1
-        return condition(factor.base) * by
+        return _condition(factor.base) * by
     # By the inequality of Cauchy and Schwarz over the positions.
     if isinstance(factor, Outer):
         return _size(factor.left) * _size(factor.right)

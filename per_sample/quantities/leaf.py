@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from per_sample.quantities.condition import condition
+from per_sample.quantities.condition import sq_condition
 from per_sample.quantities.dot import dot
 from per_sample.quantities.gram import gram
 from per_sample.quantities.moments import moments, square_sum
@@ -88,9 +88,10 @@ class LeafGrads:
         """The projections ``[n, k]``; ``leaf``: the leaf's number, on which the projector's random entries depend."""
         return project(self.factor, projector, leaf, functional=self.functional)
 
-    def condition(self) -> Tensor:
-        """A bound ``[n]`` on the sum of the norms of the parts of each gradient, to which the rounding of ``weighted_sum`` is relative."""
-        return condition(self.factor)
+    def sq_condition(self, square: Tensor) -> Tensor:
+        """The square of a bound ``[n]`` on the sum of the norms of the parts of each gradient, to which the rounding of ``weighted_sum`` is
+        relative; ``square``: what ``sq_norm`` gave."""
+        return sq_condition(self.factor, square)
 
     def formed(self) -> Tensor:
         """The gradients themselves, in float32 or wider."""
