@@ -39,7 +39,7 @@ class Entry:
 
     run: Any  # None: the fallback
     route: str
-    nested: bool  # an argument is a list of tensors
+    tensors: tuple[int, ...]  # positions of the arguments that are or hold tensors
     writes: tuple[int, ...]  # positions of the arguments written in place
     views: bool  # a result may be a view of an argument
     random: bool
@@ -70,10 +70,10 @@ def resolve(op: OpOverload) -> Entry:
             run, route = pointwise(op), "pointwise"
         elif not _fallback.has_vmap_rule(op):
             route = "loop"
-    nested = any("Tensor" in str(a.type) and "List" in str(a.type) for a in arguments)
+    tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type) or str(a.type) == "Any")
     views = any(r.alias_info is not None for r in op._schema.returns) or "view" in op._schema.name
     simple = run is not None and not writes and not foreign and op not in EAGER
-    entry = Entry(run, route, nested, writes, views, random, foreign, simple)
+    entry = Entry(run, route, tensors, writes, views, random, foreign, simple)
     # Ops with `out=` take a way of their own as soon as an argument is per-sample.
     if not is_out_form(op):
         ENTRIES[op] = entry

@@ -6,7 +6,6 @@ Axis legend, here and in every einsum of the package:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, final
@@ -21,27 +20,28 @@ from per_sample._kernels.rows import scatter_rows
 Scale = Any  # a number, a 0-dim tensor that the samples share, or a tensor `[n]` with a number for each sample
 
 
-class Factor(ABC):
+# No abstract base class of Python's: `isinstance` is asked often, and slow on those.
+class Factor:
     """Every sample's gradient of one leaf; ``shape`` is one sample's shape, without the sample axis."""
 
     shape: tuple[int, ...]
 
     @property
-    @abstractmethod
     def like(self) -> Tensor:
         """A tensor of the gradients' dtype and device."""
+        raise NotImplementedError
 
-    @abstractmethod
     def materialize(self, *, functional: bool = False) -> Tensor:
         """The gradients, ``[n, *shape]``; ``functional``: by differentiable, out-of-place ops alone."""
+        raise NotImplementedError
 
     def algorithm(self, *, functional: bool = False) -> str:
         """The name of the algorithm that ``materialize`` would use, for ``explain``."""
         return "materialize"
 
-    @abstractmethod
     def scale(self, c: Scale) -> Factor:
         """The factor times one number, or times a number for each sample."""
+        raise NotImplementedError
 
     def reshape(self, shape: tuple[int, ...]) -> Factor:
         """The same numbers in the same order under another shape."""

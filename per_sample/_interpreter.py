@@ -30,7 +30,6 @@ aten = torch.ops.aten
 
 _in_inference_mode = torch.is_inference_mode_enabled
 _DETACH = aten.detach.default
-_NO_TENSOR = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 class Interpreter(TorchDispatchMode):
@@ -69,9 +68,12 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         entry = resolve(func)
     batched = lifted = False
     values = list(args)
-    for i, a in enumerate(args):
-        kind = type(a)
-        if kind is Batched:
+    given = len(values)
+    for i in entry.tensors:
+        if i >= given:
+            break
+        a = values[i]
+        if type(a) is Batched:
             if a.ctx is ctx:
                 if a.shared:
                     lifted = True
@@ -80,12 +82,12 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
                     batched = True
             elif ctx.caller is None or a.ctx.closed:
                 _guards.refuse_escaped(func)
-        elif kind in _NO_TENSOR:
+        elif a is None:
             pass
         elif isinstance(a, Tensor):
             if a.requires_grad:
                 _guards.check_closure(ctx, a)
-        elif entry.nested and isinstance(a, (list, tuple)):
+        elif isinstance(a, (list, tuple)):
             values[i], inner_batched, inner_lifted = _unwrap_list(ctx, a)
             batched |= inner_batched
             lifted |= inner_lifted
