@@ -146,9 +146,7 @@ def _parts(grads: LeafGrads, weights: Weights, group: int, known: Rounded) -> tu
         known[group, dtype] = _rounded_down(own if keep is None else torch.where(keep, own, 0), dtype)
     if keep is None:
         return grads.weighted_sum(known[group, dtype]), formed
-    summed = grads.kept(keep).weighted_sum(known[group, dtype])
-    # What all samples share, such as a scale of the weights, may itself not be finite: then none is kept.
-    return torch.where(keep.any(), summed, 0), formed
+    return grads.kept(keep).weighted_sum(known[group, dtype]), formed
 
 
 def _rounded_down(weights: Tensor, dtype: torch.dtype) -> Tensor:

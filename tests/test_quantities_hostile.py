@@ -19,6 +19,7 @@ from per_sample import (
     ArgumentError,
     GaussianProjector,
     NonFiniteWarning,
+    _backward,
     clipped_grad,
     grad_gram,
     grad_second_moment,
@@ -191,8 +192,9 @@ def test_no_gradient_is_formed_where_the_factors_serve(quantity: Any) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["the first leaf", "the last leaf"])
-def test_a_leaf_is_reduced_and_gone_before_the_next_arrives(last: bool) -> None:
-    """The output's gradient of each layer, held by its factor alone, dies when the leaf is reduced."""
+def test_a_leaf_is_reduced_and_gone_before_the_next_arrives(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output's gradient of each layer, held by its factor alone, dies when the leaf is reduced, unless all of them are small."""
+    monkeypatch.setattr(_backward, "LARGE", 4 * 5 * 36 - 1)
     params = [torch.randn(6, 6) for _ in range(5)]
     alive: list[int] = []
     operands: list[Any] = []

@@ -34,8 +34,8 @@ def count(factor: Factor) -> int:
     return factor.like.shape[0]
 
 
-def of_samples(factor: Factor, change: Callable[[Tensor], Tensor]) -> Factor:
-    """The factor with each tensor that has a sample axis changed."""
+def of_samples(factor: Factor, change: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor] = lambda x: x) -> Factor:
+    """The factor with each tensor that has a sample axis changed, and those that have none by ``shared``."""
     if isinstance(factor, Dense):
         return Dense(change(factor.value))
     if isinstance(factor, Outer):
@@ -45,11 +45,11 @@ def of_samples(factor: Factor, change: Callable[[Tensor], Tensor]) -> Factor:
     if isinstance(factor, Rows):
         return Rows(change(factor.index), change(factor.g), factor.num_rows)
     if isinstance(factor, Sum):
-        return Sum(tuple(of_samples(term, change) for term in factor.terms))
+        return Sum(tuple(of_samples(term, change, shared) for term in factor.terms))
     if isinstance(factor, Hadamard):
-        return Hadamard(of_samples(factor.base, change), factor.by)
+        return Hadamard(of_samples(factor.base, change, shared), shared(factor.by))
     assert isinstance(factor, View)
-    return View(of_samples(factor.base, change), factor.shape)
+    return View(of_samples(factor.base, change, shared), factor.shape)
 
 
 def chosen(factor: Factor, index: Tensor | slice) -> Factor:
@@ -63,7 +63,11 @@ def kept(factor: Factor, keep: Tensor) -> Factor:
     def masked(x: Tensor) -> Tensor:
         return torch.where(keep.reshape(-1, *(1,) * (x.dim() - 1)), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
-    return of_samples(factor, masked)
+    def finite(by: Tensor) -> Tensor:
+        # What all samples share may itself not be finite: then none is kept.
+        return by if by.dtype == torch.bool else torch.where(keep.any(), by, torch.zeros((), dtype=by.dtype, device=by.device))
+
+    return of_samples(factor, masked, finite)
 
 
 def sample_pieces(factor: Factor, *, functional: bool = False) -> Iterator[tuple[slice, Tensor]]:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from per_sample._factors import ConvOuter, Dense, Factor, Hadamard, Outer, Rows, Sum, View, scaled
-from per_sample._kernels.conv import missing_locations
+from per_sample._kernels.conv_sum import conv_weight_sum
 from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.onednn import fast_mm, inner_product
 from per_sample.quantities.precision import operands, real_dtype, widened_pieces
@@ -52,7 +51,7 @@ def _sum(factor: Factor, weights: Tensor | None, functional: bool) -> Tensor:
     if isinstance(factor, Outer):
         return _outer_sum([factor], functional)
     if isinstance(factor, ConvOuter):
-        return _conv_sum(factor)
+        return _conv_sum(factor, functional)
     assert isinstance(factor, Rows)
     return _rows_sum(factor, functional)
 
@@ -111,28 +110,15 @@ def _rows_sum(factor: Rows, functional: bool) -> Tensor:
     return zeros.index_add(0, index, g) if functional else zeros.index_add_(0, index, g)
 
 
-def _conv_sum(factor: ConvOuter) -> Tensor:
-    """One weight gradient of a plain convolution over all samples."""
+def _conv_sum(factor: ConvOuter, functional: bool) -> Tensor:
+    """One weight gradient over all samples."""
     x, g, geometry = factor.x, factor.g, factor.geometry
-    missing = missing_locations(x.shape, g.shape, geometry)
-    if missing:
-        g = F.pad(g, missing)
-    x, g = x.flatten(0, 1), g.flatten(0, 1)
     if any(type(size) is int and size == 0 for size in (*x.shape, *g.shape)):
         return x.new_zeros(factor.shape)
     if not x.is_complex():
-        return _conv_grad(x, g, factor)
+        return conv_weight_sum(x, g, geometry, functional=functional)
     # g conj(x), in real numbers: the two parts of `x` as one batch.
     (xr, xi), (gr, gi) = (torch.view_as_real(p.resolve_conj()).unbind(-1) for p in (x, g))
     x = torch.cat((xr, xi))
-    return torch.complex(_conv_grad(x, torch.cat((gr, gi)), factor), _conv_grad(x, torch.cat((gi, -gr)), factor))
-
-
-def _conv_grad(x: Tensor, g: Tensor, factor: ConvOuter) -> Tensor:
-    geometry = factor.geometry
-    # The operator reads only the shape of the weight.
-    weight = g.new_empty(1).expand(factor.shape)
-    stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
-    rest = (False, [0] * len(stride), geometry.groups, (False, True, False))
-    grad: Tensor = torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, *rest)[1]
-    return grad
+    parts = torch.cat((gr, gi)), torch.cat((gi, -gr))
+    return torch.complex(*(conv_weight_sum(x, part, geometry, functional=functional) for part in parts))
