@@ -1,4 +1,4 @@
-"""What every micro-benchmark runs under."""
+"""What micro-benchmarks run under, and what the tests of the tool do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """As in the big table."""
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Two for times, as in the big table; tests want none beside them."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(2 if "benchmark" in request.fixturenames else 1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)

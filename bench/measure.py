@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
+import torch
 from torch import Tensor
 
 from bench import check, memory
-from bench.methods import BASELINES, METHODS, Method, Runner
+from bench.methods import BASELINES, METHODS, Method, Runner, Unavailable
 from bench.workloads import Task, Workload
 
 # A round of a fast method repeats it for about this long, since one call is too short for the clock.
@@ -29,9 +30,11 @@ class Result:
 
     workload: str
     n: int
+    width: int
     quantity: str
     method: str
-    status: str = "ok"  # or "wrong", "failed"
+    compiled: bool = False
+    status: str = "ok"  # or "wrong", "failed", "absent" (not installed, or does not take part)
     reason: str = ""
     error: float | None = None  # the worst of `check.errors`
     first_call: float = 0.0  # seconds of preparation and first call, compilation included
@@ -64,7 +67,10 @@ def run_workload(workload: Workload, tables: dict[str, list[Method]], rounds: in
     found: list[Result] = []
     for quantity, methods in tables.items():
         chosen = with_baselines(quantity, methods)
-        results = {m.name: Result(workload.name, workload.n, quantity, m.name) for m in chosen}
+        if any(m.compiled for m in chosen):
+            # torch gives up on a function of which it has compiled some programs: those of other workloads shall not count.
+            torch.compiler.reset()
+        results = {m.name: Result(workload.name, workload.n, workload.width, quantity, m.name, m.compiled) for m in chosen}
         runners = _checked(task, chosen, gradients, results)
         if rounds:
             _time(runners, results, rounds)
@@ -91,9 +97,10 @@ def _weigh(task: Task, methods: Sequence[Method], results: dict[str, Result]) ->
     for method in methods:
         result = results[method.name]
         try:
-            result.memory = memory.peak(task, result.quantity, method.name)
-        except RuntimeError as err:
-            result.status, result.reason = "failed", f"in a process of its own: {_in_one_line(err)}"
+            result.memory = memory.peak(task.workload, result.quantity, method.name, max_norm=task.max_norm)
+        except (RuntimeError, MemoryError) as err:
+            # The time stands: a process of its own may fail for reasons of its own.
+            result.reason = f"no peak memory: {_in_one_line(err)}"
             continue
         plain = results["plain"].memory
         if plain is not None and plain >= LEAST_MEMORY:
@@ -113,6 +120,8 @@ def _checked(task: Task, methods: Sequence[Method], gradients: list[Tensor], res
             result.first_call = time.perf_counter() - start
             if method.quantity is not None:
                 _check(task, method, got, wanted[method.quantity], result)
+        except (ImportError, Unavailable) as err:
+            result.status, result.reason = "absent", _in_one_line(err)
         except Exception as err:  # whatever a peer raises is its answer, and the report's
             result.status, result.reason = "failed", _in_one_line(err)
         if result.status == "ok":

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.methods import METHODS
-from bench.workloads import WORKLOADS, Task
+from bench.workloads import WORKLOADS, Workload
 
 # glibc keeps freed blocks for later, in an arena for each thread, so that the peak would depend on the order of sizes freed.
 # Here each block of 64 KiB or more is mapped by itself, and gone once freed; a fixed limit is one that glibc does not move.
@@ -33,18 +33,20 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": str(2**30),
 }
 _PR_SET_THP_DISABLE = 41
+_OUT_OF_MEMORY = re.compile(r"MemoryError|bad_alloc|allocate memory|failed to allocate|out of memory", re.IGNORECASE)
 
 
-def peak(task: Task, quantity: str, method: str) -> int:
-    """The bytes that the method's first call takes at its peak.
+def peak(workload: Workload, quantity: str, method: str, *, max_norm: float = 1.0, limit: int | None = None) -> int:
+    """The bytes that the method's first call takes at its peak; one that takes much more than `limit` is ended.
 
     Raises:
+        MemoryError: there is not enough.
         RuntimeError: the system does not tell, or the call fails.
     """
     # A baseline is the same for every quantity, and measured once.
     if method == "plain":
-        quantity = next(iter(METHODS))
-    return _peak(task.workload.name, task.workload.n, quantity, method, task.max_norm, torch.get_num_threads())
+        quantity, max_norm = next(iter(METHODS)), 1.0
+    return _peak(workload.name, workload.n, workload.width, quantity, method, max_norm, torch.get_num_threads(), limit)
 
 
 @cache
@@ -60,16 +62,22 @@ def _peak(*job: Any) -> int:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}")
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+        # A process that the system kills for memory says nothing.
+        raise (MemoryError if done.returncode < 0 or _OUT_OF_MEMORY.search(reason) else RuntimeError)(reason)
     return int(done.stdout.splitlines()[-1])
 
 
-def _measured(workload_name: str, n: int, quantity: str, method_name: str, max_norm: float, threads: int) -> int:
+def _measured(
+    workload_name: str, n: int, width: int, quantity: str, method_name: str, max_norm: float, threads: int, limit: int | None
+) -> int:
     torch.set_num_threads(threads)
-    method, workload = METHODS[quantity][method_name], WORKLOADS[workload_name]
+    if limit is not None:
+        _bound(2 * limit)
+    method, workload = METHODS[quantity][method_name], replace(WORKLOADS[workload_name], n=n, width=width)
     # What is loaded and set up once, at the first call of all, belongs to no batch. Half the batch is large enough to need all of it.
     method.prepare(replace(workload, n=max(2, n // 2)).build())()
-    runner = method.prepare(replace(replace(workload, n=n).build(), max_norm=max_norm))
+    runner = method.prepare(replace(workload.build(), max_norm=max_norm))
     _settle()
     # Resets the peak to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
@@ -78,6 +86,14 @@ def _measured(workload_name: str, n: int, quantity: str, method_name: str, max_n
     after = _kibibytes("VmHWM")
     del answer
     return (after - before) * 1024
+
+
+def _bound(more: int) -> None:
+    """Let allocations fail that go far beyond the limit: the data want room too, and a number says more than a failure."""
+    import resource  # not on Windows
+
+    most = _kibibytes("VmData") * 1024 + more
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _settle() -> None:

@@ -46,7 +46,7 @@ def _cpu_model() -> str:
 def versions() -> dict[str, str]:
     """Of Python and of each package that takes part."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "per_sample", "opacus", "backpack"):
+    for package in ("torch", "per_sample", "opacus", "backpack", "jax"):
         try:
             found[package] = importlib.metadata.version(DISTRIBUTIONS.get(package, package))
         except importlib.metadata.PackageNotFoundError:
@@ -68,7 +68,7 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
         times = [_milliseconds(r.median), _milliseconds(r.iqr)] if r.times else ["-", "-"]
         memory = "-" if r.memory is None else f"{r.memory / 2**20:.1f}"
         plain, limit, weight = (f"{r.ratios[name]:.2f}" if name in r.ratios else "-" for name in ("plain", "limit", "memory"))
-        note = f"{r.status}: {r.reason}" if r.status != "ok" else ""
+        note = f"{r.status}: {r.reason}" if r.reason else ""
         table.append((r.workload, str(r.n), r.quantity, r.method, *times, plain, limit, memory, weight, note))
     return table
 
@@ -97,7 +97,7 @@ def print_table(results: Sequence[Result]) -> None:
     console.print(table)
     # Below the table: the reasons are longer than a column is wide.
     for r in results:
-        if r.status != "ok":
+        if r.reason:
             console.print(f"{r.quantity} {r.method} {r.status}: {r.reason}", markup=False, highlight=False)
 
 
@@ -119,18 +119,24 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def write_json(path: Path, results: Sequence[Result], settings: dict[str, Any]) -> None:
-    """Everything, each round's time included, so that other statistics can be had later."""
-    content = {
+def write_json(path: Path, content: dict[str, Any], settings: dict[str, Any], part: str | None = None) -> None:
+    """Everything, each round's time included, so that other statistics can be had later.
+
+    What else the file holds stays: the table is at its top, each other part under its name, with its own machine and date.
+    """
+    found = json.loads(path.read_text()) if path.exists() else {}
+    section = found if part is None else found.setdefault(part, {})
+    section |= {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
         "settings": {**settings, "tolerance": check.TOLERANCE},
-        "results": [_as_json(r) for r in results],
+        **content,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _as_json(r: Result) -> dict[str, Any]:
+def as_json(r: Result) -> dict[str, Any]:
+    """One result, with its statistics."""
     statistics = {"median": r.median, "iqr": r.iqr} if r.times else {}
     return {**asdict(r), **statistics}

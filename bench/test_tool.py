@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from math import prod
-from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from bench import memory
 from bench.measure import run_workload
-from bench.methods import METHODS, Method, Runner
-from bench.summary import summary
-from bench.workloads import WORKLOADS, Task
+from bench.methods import METHODS, Method, Runner, Unavailable
+from bench.workloads import WORKLOADS, Task, Workload
 
 
 def _off(quantity: str, by: float) -> Method:
@@ -62,36 +61,72 @@ def test_half_of_the_samples_are_clipped() -> None:
     assert seen == {"clipped": 4, "n": 8}
 
 
+def test_one_that_takes_no_part_is_no_failure() -> None:
+    def prepare(task: Task) -> Runner:
+        raise Unavailable("no twin")
+
+    *_, found = run_workload(WORKLOADS["mlp-tiny"], {"norms": [Method("absent", "norms", prepare)]}, rounds=0)
+    assert (found.status, found.reason) == ("absent", "Unavailable: no twin")
+
+
 def test_memory_is_that_of_the_tensors_that_live() -> None:
     workload = WORKLOADS["mnist-cnn"]
     task = workload.build()
     expected = sum(prod(p.shape) for p in task.params.values()) * 4 * workload.n
     try:
-        peak = memory.peak(task, "gradients", "write")
+        peak = memory.peak(workload, "gradients", "write")
     except RuntimeError as err:
         pytest.skip(str(err))
     assert expected <= peak <= 1.05 * expected
 
 
-def test_the_readme_gets_a_table_for_each_quantity_and_each_kind_of_ratio() -> None:
-    def row(quantity: str, method: str, status: str = "ok", **ratios: float) -> dict[str, Any]:
-        return {"workload": "a", "n": 2, "quantity": quantity, "method": method, "status": status, "ratios": ratios}
+def test_a_call_without_enough_memory_is_told_from_one_that_fails() -> None:
+    workload = WORKLOADS["mlp-tiny"]
+    with pytest.raises(MemoryError):
+        memory.peak(replace(workload, n=2**19), "gradients", "write", limit=2**20)
+    with pytest.raises(RuntimeError, match="KeyError"):
+        memory.peak(workload, "gradients", "nobody")
 
-    found = {
-        "date": "2026-01-01T00:00:00",
-        "machine": {"cpu": "c", "cores": 2, "threads": 1},
-        "versions": {"torch": torch.__version__, "opacus": "1"},
-        "settings": {"rounds": 3},
-        "results": [
-            row("norms", "plain", plain=1.0, memory=1.0),
-            row("norms", "ours", plain=1.25, memory=1.5),
-            row("norms", "peer", "failed"),
-            row("clipped", "plain", plain=1.0),
-            row("clipped", "ours", plain=2.0),
-        ],
-    }
-    lines = summary(found).splitlines()
-    titles = [line for line in lines if line.startswith("**")]
-    rows = [line for line in lines if line.startswith("| a (2)")]
-    assert titles == ["**Norms: time**", "**Norms: peak memory**", "**Clipped: time**"]
-    assert rows == ["| a (2) | 1.25 | failed |", "| a (2) | 1.50 | failed |", "| a (2) | 2.00 |"]
+
+SMALL = {"mlp-tiny": 5, "mnist-cnn": 3, "convnet": 4, "resnet18-gn": 4, "separable": 8, "audio": 4, "conv3d": 2}
+SMALL |= {"gpt": 32, "gpt-tied": 32, "gpt-long": 32, "lstm": 5, "experts": 6, "embedding": 3}
+KINDS = {"mlp": "mlp-tiny", "resnet18-gn-32": "resnet18-gn"}
+
+
+def small(name: str) -> Workload:
+    """Two samples, few channels, and of a transformer one block."""
+    workload = replace(WORKLOADS[name], n=2, width=SMALL[name])
+    return replace(workload, model=partial(workload.model, blocks=1)) if name.startswith("gpt") else workload
+
+
+def test_every_workload_has_a_small_twin_here() -> None:
+    assert {KINDS.get(name, name) for name in WORKLOADS} == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_workload_runs_here_and_the_answer_is_right(name: str) -> None:
+    tables = {"gradients": [METHODS["gradients"][m] for m in ("vmap", "ours")], "norms": [METHODS["norms"]["ours"]]}
+    found = run_workload(small(name), tables, rounds=0)
+    refused = {("lstm", "vmap")}
+    assert [(r.method, r.status, r.reason) for r in found if r.status != "ok" and (name, r.method) not in refused] == []
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_book_keeping_is_right_or_says_why_not(name: str) -> None:
+    tables = {q: [METHODS[q]["book-keeping"]] for q in ("norms", "clipped")}
+    found = [r for r in run_workload(small(name), tables, rounds=0) if r.method == "book-keeping"]
+    refused = {"lstm": "LSTM", "gpt-tied": "tied"}
+    if name in refused:
+        assert all(r.status == "failed" and refused[name] in r.reason for r in found), found
+    else:
+        assert [(r.status, r.reason) for r in found] == [("ok", "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "quantity"),
+    [("mlp-tiny", "norms"), ("mlp-tiny", "clipped"), *((n, "gradients") for n in ("mnist-cnn", "convnet", "embedding", "gpt-tied"))],
+)
+def test_twins_in_jax_are_right(name: str, quantity: str) -> None:
+    pytest.importorskip("jax")
+    *_, found = run_workload(small(name), {quantity: [METHODS[quantity]["jax"]]}, rounds=0)
+    assert (found.status, found.reason) == ("ok", "")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.models import Convnet, Gpt, Lstm, MeanEmbedding, Mlp, MnistCnn, ResNet18
+from bench.models import Audio, Clips, Convnet, Experts, Gpt, Lstm, MeanEmbedding, Mlp, MnistCnn, ResNet18, Separable
 
 Params = dict[str, Tensor]
 
@@ -22,7 +23,8 @@ class Workload:
 
     name: str
     n: int
-    model: Callable[[], nn.Module]
+    width: int
+    model: Callable[[int], nn.Module]  # of a width: how many units or channels its layers have
     data: Callable[[int], tuple[Tensor, Tensor]]
     # (output, target) -> the SUM over samples, so that a method's answer needs no factor of n; with reduction="none" each sample's
     loss: Callable[..., Tensor]
@@ -33,7 +35,7 @@ class Workload:
         """The same network and data for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = self.model()
+            model = self.model(self.width)
             x, y = self.data(self.n)
         return Task(self, model, x, y)
 
@@ -94,17 +96,23 @@ def _next_token(logits: Tensor, y: Tensor, reduction: str = "sum") -> Tensor:
 
 
 _TABLE = (
-    Workload("mlp", 128, lambda: Mlp(784, 1024, 1024, 10), _floats(784), _classify, keep_batch_dim=False),
-    Workload("mlp-tiny", 8, lambda: Mlp(16, 32, 32, 10), _floats(16), _classify, keep_batch_dim=False),
-    Workload("mnist-cnn", 256, MnistCnn, _floats(1, 28, 28), _classify, keep_batch_dim=True),
-    Workload("convnet", 64, Convnet, _floats(3, 28, 28), _classify, keep_batch_dim=True),
-    Workload("resnet18-gn", 8, ResNet18, _floats(3, 32, 32), _classify, keep_batch_dim=True),
-    Workload("resnet18-gn-32", 32, ResNet18, _floats(3, 32, 32), _classify, keep_batch_dim=True),
-    Workload("gpt", 16, Gpt, _tokens(64, 1000), _next_token, keep_batch_dim=True),
-    Workload("lstm", 32, Lstm, _floats(32, 64), _classify, keep_batch_dim=True),
-    Workload("embedding", 64, MeanEmbedding, _labelled_tokens(64, 20000), _classify, keep_batch_dim=True),
+    Workload("mlp", 128, 1024, lambda width: Mlp(784, width, width, 10), _floats(784), _classify, keep_batch_dim=False),
+    Workload("mlp-tiny", 8, 32, lambda width: Mlp(16, width, width, 10), _floats(16), _classify, keep_batch_dim=False),
+    Workload("mnist-cnn", 256, 16, MnistCnn, _floats(1, 28, 28), _classify, keep_batch_dim=True),
+    Workload("convnet", 64, 32, Convnet, _floats(3, 28, 28), _classify, keep_batch_dim=True),
+    Workload("resnet18-gn", 8, 64, ResNet18, _floats(3, 32, 32), _classify, keep_batch_dim=True),
+    Workload("resnet18-gn-32", 32, 64, ResNet18, _floats(3, 32, 32), _classify, keep_batch_dim=True),
+    Workload("separable", 32, 32, Separable, _floats(3, 32, 32), _classify, keep_batch_dim=True),
+    Workload("audio", 16, 32, Audio, _floats(1, 8000), _classify, keep_batch_dim=True),
+    Workload("conv3d", 16, 16, Clips, _floats(3, 8, 32, 32), _classify, keep_batch_dim=True),
+    Workload("gpt", 16, 256, Gpt, _tokens(64, 1000), _next_token, keep_batch_dim=True),
+    Workload("gpt-tied", 16, 256, partial(Gpt, tied=True), _tokens(64, 1000), _next_token, keep_batch_dim=True),
+    Workload("gpt-long", 4, 64, partial(Gpt, length=1024, vocabulary=256, blocks=2), _tokens(1024, 256), _next_token, keep_batch_dim=True),
+    Workload("lstm", 32, 128, Lstm, _floats(32, 64), _classify, keep_batch_dim=True),
+    Workload("experts", 64, 64, Experts, _labelled_tokens(32, 1000), _classify, keep_batch_dim=True),
+    Workload("embedding", 64, 128, MeanEmbedding, _labelled_tokens(64, 20000), _classify, keep_batch_dim=True),
 )
 WORKLOADS: dict[str, Workload] = {w.name: w for w in _TABLE}
 
 # Not in the report: its kernels cost next to nothing, so that its time is that of the Python around them (`overhead`).
-RESNET_TINY = Workload("resnet18-gn-tiny", 2, lambda: ResNet18(width=4), _floats(3, 8, 8), _classify, keep_batch_dim=True)
+RESNET_TINY = Workload("resnet18-gn-tiny", 2, 4, ResNet18, _floats(3, 8, 8), _classify, keep_batch_dim=True)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from functools import partial
 
-from bench.methods import functorch, ghost, hooks, plain
-from bench.methods.method import Method, Runner
+from bench.methods import bookkeeping, functorch, ghost, hooks, jax_twins, plain
+from bench.methods.method import Method, Runner, Unavailable
 from bench.methods.ours import ours
 from bench.methods.reductions import REDUCTIONS
 
-__all__ = ["BASELINES", "METHODS", "Method", "Runner"]
+__all__ = ["BASELINES", "METHODS", "Method", "Runner", "Unavailable"]
 
 # What the ratios are taken of, so they are always run.
 BASELINES = ("plain", "write")
 
 _GHOSTS = {
-    "norms": (Method("opacus-ghost", "norms", ghost.opacus_norms), Method("backpack", "norms", ghost.backpack_norms)),
-    "clipped": (Method("opacus-ghost", "clipped", ghost.opacus_clipped), Method("backpack", "clipped", ghost.backpack_clipped)),
+    "norms": (
+        Method("opacus-ghost", "norms", ghost.opacus_norms),
+        Method("backpack", "norms", ghost.backpack_norms),
+        Method("book-keeping", "norms", bookkeeping.norms),
+    ),
+    "clipped": (
+        Method("opacus-ghost", "clipped", ghost.opacus_clipped),
+        Method("backpack", "clipped", ghost.backpack_clipped),
+        Method("book-keeping", "clipped", bookkeeping.clipped),
+    ),
 }
 
 
@@ -37,8 +45,11 @@ def _methods(quantity: str) -> list[Method]:
         compiled("vmap-compiled", prepare=functorch.vmap(quantity, compiled=True)),
         method("expanded-weights", prepare=hooks.expanded_weights(quantity)),
         method("opacus-hooks", prepare=hooks.opacus(quantity)),
+        method("opacus-functorch", prepare=hooks.opacus(quantity, force_functorch=True)),
     ]
     found += _GHOSTS.get(quantity) or (method("backpack", prepare=hooks.backpack(quantity)),)
+    if quantity != "gram":
+        found += [compiled("jax", prepare=jax_twins.twin(quantity))]
     found += [method("ours", prepare=ours(quantity))]
     if quantity == "clipped":
         found += [method("ours-low", prepare=ours(quantity, memory="low"))]

@@ -58,11 +58,11 @@ def expanded_weights(quantity: str) -> Prepare:
     return prepare
 
 
-def opacus(quantity: str) -> Prepare:
+def opacus(quantity: str, **options: Any) -> Prepare:
     """`opacus.GradSampleModule`."""
 
     def prepare(task: Task) -> Runner:
-        model = importlib.import_module("opacus").GradSampleModule(task.copy_model(), loss_reduction="sum")
+        model = importlib.import_module("opacus").GradSampleModule(task.copy_model(), loss_reduction="sum", **options)
 
         def backward() -> None:
             torch.autograd.backward(task.workload.loss(model(task.x), task.y))

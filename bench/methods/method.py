@@ -17,6 +17,10 @@ Runner = Callable[[], list[Tensor]]
 Prepare = Callable[[Task], Runner]
 
 
+class Unavailable(Exception):
+    """The method does not take part in this workload: nothing failed."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to compute one quantity."""
