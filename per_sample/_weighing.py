@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.combined import root, total
 from per_sample.quantities.leaf import LeafGrads
 from per_sample.quantities.precision import real_dtype
+from per_sample.quantities.side_by_side import one_by_one, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +51,8 @@ class Weighing:
     weight: Callable[[int, Tensor], Tensor] | None = None
     # The weight of one sample may depend on the norms of all.
     whole: bool = False
+    # All leaves, of one group, are formed and weighed as one.
+    small: bool = False
 
 
 class Weighed(NamedTuple):
@@ -209,10 +212,20 @@ class _NormsAndSums(_Norms):
     """Both, from the factors of one backward pass."""
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
+        return grads if self.weighing.small else self._measured(grads)
+
+    def _measured(self, grads: LeafGrads) -> tuple[Tensor, Tensor, LeafGrads]:
         square, settled = grads.settled()
         return square, settled.sq_condition(square), settled
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
+        if self.weighing.small:
+            row = side_by_side(leaves)
+            if row is not None:
+                one = _NormsAndSums(replace(self.weighing, groups=[0], small=False))
+                sums, *rest = one.run([one._measured(row)], samples)
+                return None if sums is None else one_by_one(sums[0], [grads.shape for grads in leaves]), *rest
+            leaves = [self._measured(grads) for grads in leaves]
         norms, conditions = self.norms(leaves)
         if self.weighing.whole and samples is not None:
             return None, norms, conditions, None

@@ -72,6 +72,14 @@ def test_the_way_by_shape(n, c, o, kernel, size, groups, expected):
     assert conv_sum_algorithm(x.to("meta"), g.to("meta"), geometry) == "plain"
 
 
+def test_the_way_of_volumes_and_of_one_channel():
+    volume = ConvGeometry((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3, 1)
+    for c, expected in ((3, "plain"), (8, "formed"), (16, "plain")):
+        assert conv_sum_algorithm(torch.empty(4, 1, c, 8, 16, 16), torch.empty(4, 1, 32, 8, 16, 16), volume) == expected
+    planar = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    assert conv_sum_algorithm(torch.empty(4, 1, 32, 16, 16), torch.empty(4, 1, 1, 16, 16), planar) == "formed"
+
+
 def test_no_samples():
     x, g = operands(SQUARE, n=0)
     assert conv_sum_algorithm(x, g, SQUARE) == "plain"
