@@ -43,7 +43,8 @@ class PerSample(BaseHOP):
         if not isinstance(subgraph, torch.fx.GraphModule):
             raise DataDependentError(
                 "torch.compile could not trace `fn` in one piece; the usual reason is that it asks for the Python value of a per-sample "
-                "tensor (a branch, `.item()`, `x[i]`). `fullgraph=True` says where. Write `torch.where`, or leave the transform uncompiled."
+                "tensor (a branch, `.item()`, `x[i]`): write `torch.where`. It refuses `nn.LSTM` and the like, too: call `torch.lstm` "
+                "with the parameters. `fullgraph=True` says where. Or leave the transform uncompiled."
             )
         tensors = [x for x in operands if isinstance(x, Tensor)]
         n = _batch_size(subgraph, operands)
@@ -118,8 +119,32 @@ class _Runner(torch.fx.Interpreter):
             return f(*args, **kwargs)
 
 
+def _share_numbers() -> None:
+    """Let Python numbers that are inputs of the graph be read outside of subgraphs, so that the next subgraph knows them, too.
+
+    Dynamo reads one (`Tensor.item`) where it meets it first. In a second subgraph, as of chunks, it would then look for it in vain.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    graph = InstructionTranslator.current_tx().output
+    create_proxy = graph.create_proxy
+
+    def shared(kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        # What is recorded of a graph's input that stands for a number.
+        source = args[0].node.meta.get("grapharg") if kind == "call_method" and target == "item" else None
+        create = graph.root_tracer.create_proxy if getattr(source, "pass_arg_as_tensor", False) else create_proxy
+        return create(kind, target, args, kwargs, *rest, **options)
+
+    graph.create_proxy = shared  # type: ignore[method-assign]
+
+
+# Dynamo calls it while it traces; `assume_constant_result` would do the same, but import dynamo first.
+_share_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def evaluate(fn: Any, convention: Convention, bind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any, Targets]:
     """One quantity of the gradients of one batch, as dynamo traces it."""
+    _share_numbers()
     arguments = _arguments.read(args, convention.argnums, convention.in_dims, _torch_trees)
     targets = Targets.of(convention, arguments, args, _torch_trees)
     quantity = bind(targets)

@@ -133,7 +133,8 @@ class TracedGrads:
 
     def settled(self) -> tuple[Tensor, TracedGrads]:
         """As in ``LeafGrads``."""
-        return self.sq_norm(), self
+        square, grads = self._ask("settled")
+        return square, TracedGrads(grads, self.n, self.shape)
 
     def kept(self, keep: Tensor) -> TracedGrads:
         """As in ``LeafGrads``."""

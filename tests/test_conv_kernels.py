@@ -131,6 +131,18 @@ def test_strided_operands(name):
         assert_close(conv_weight_grad(x_strided, g_strided, GROUPED), loop(x, g, GROUPED))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_product_of_a_stem_is_taken_transposed(groups, monkeypatch):
+    geometry = ConvGeometry((3, 2), (1, 2), (1, 0), (1, 1), groups)
+    x, g = operands(geometry, 3, 2, (9, 12), 3, 16)
+    seen = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda left, right, **kwargs: seen.append(left.shape[1]) or bmm(left, right, **kwargs))
+    with options(conv_algorithm="unfold"):
+        assert_close(conv_weight_grad(x, g, geometry), loop(x, g, geometry))
+    assert seen == [3 * 3 * 2]
+
+
 def test_transposed_convolution_exchanges_the_roles():
     # Output padding as large as the stride gives more locations than the small operand has.
     stride, padding, dilation, output_padding = (2, 1), (1, 2), (3, 2), (2, 1)
@@ -278,6 +290,20 @@ def test_the_choice_is_stable():
     assert choice(large, large, square(3, 16, 1)) == "fold_merged"
     assert choice(small, small, square(3, 4, 1)) == "fold"
     assert choice(large, large, square(3, padding=1), torch.complex64) == "unfold"
+    grey, few, wide = (8, 1, 1, 32, 32), (8, 1, 3, 32, 32), (8, 1, 3, 64, 64)
+    assert choice(grey, large, square(3, padding=1)) == "unfold"
+    assert choice(grey, large, square(7, padding=3)) == "unfold"
+    assert choice(grey, large, square(8, padding=4)) == "group"
+    assert choice(few, large, square(3, padding=1)) == "unfold"
+    assert choice(wide, (8, 1, 64, 64, 64), square(3, padding=1)) == "fold"
+    assert choice(large, grey, square(3, padding=1)) == "group"
+    assert choice(large, few, square(3, padding=1)) == "unfold"
+    assert choice(large, (8, 1, 128, 32, 32), square(3, 64, 1)) == "unfold"
+    line, volume = (8, 1, 64, 200), (8, 1, 3, 8, 9, 10)
+    for kernel, expected in ((7, "group"), (31, "unfold")):
+        depthwise = ConvGeometry((kernel,), (1,), (kernel // 2,), (1,), 64)
+        assert choice(line, line, depthwise) == expected
+    assert choice(volume, volume, ConvGeometry((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3, 1)) == "group"
     assert choice(large, large, square(3, padding=1), device="cuda") == "unfold"
 
 

@@ -14,6 +14,7 @@ from per_sample._kernels.conv_choice import choose_conv, plan_conv
 from per_sample._kernels.conv_geometry import ConvGeometry
 from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.memory import empty
+from per_sample._kernels.threads import threads
 from per_sample._options import current_options
 
 __all__ = ["ALGORITHMS", "ConvGeometry", "choose_conv", "conv_algorithm", "conv_weight_grad"]
@@ -73,7 +74,7 @@ def conv_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional: 
 def _prepare(x: Tensor, g: Tensor, geometry: ConvGeometry, functional: bool) -> tuple[str, int, tuple[int, ...]]:
     """The algorithm, the samples it takes at a time, and how `g` is to be padded."""
     settings = current_options()
-    case = (x.dtype, x.device, functional, settings.scratch_bytes, settings.conv_algorithm)
+    case = (x.dtype, x.device, functional, settings.scratch_bytes, settings.conv_algorithm, threads())
     # Sizes unknown to a trace cannot be looked up; dynamo warns of caches, and has no need of them.
     traced = torch.compiler.is_compiling() or not all(type(size) is int for size in (*x.shape, *g.shape))
     prepare = _prepare_shapes.__wrapped__ if traced else _prepare_shapes
@@ -82,7 +83,7 @@ def _prepare(x: Tensor, g: Tensor, geometry: ConvGeometry, functional: bool) -> 
 
 @lru_cache(maxsize=4096)
 def _prepare_shapes(
-    x_shape: Any, g_shape: Any, geometry: ConvGeometry, dtype: Any, device: Any, functional: bool, scratch: int, override: Any
+    x_shape: Any, g_shape: Any, geometry: ConvGeometry, dtype: Any, device: Any, functional: bool, scratch: int, override: Any, workers: int
 ) -> tuple[str, int, tuple[int, ...]]:
     missing = missing_locations(x_shape, g_shape, geometry)
     if not all(type(size) is int for size in (*x_shape, *g_shape)):
@@ -92,7 +93,7 @@ def _prepare_shapes(
         # An empty sum, which only the plain product computes.
         return "unfold", max(1, x_shape[0]), missing
     g_shape = (*g_shape[:3], *geometry.locations(x_shape[3:]))
-    return *plan_conv(x_shape, g_shape, geometry, dtype, device, functional, scratch, override), missing
+    return *plan_conv(x_shape, g_shape, geometry, dtype, device, functional, scratch, override, workers), missing
 
 
 def missing_locations(x_shape: Any, g_shape: Any, geometry: ConvGeometry) -> tuple[int, ...]:

@@ -80,9 +80,18 @@ def unfold(x: Tensor, g: Tensor, geometry: ConvGeometry, out: Tensor | None = No
     columns, rows = _columns(x.conj(), geometry), _rows(g, geometry)
     left, right = rows.flatten(0, 1), columns.flatten(0, 1).transpose(1, 2)
     if out is not None:
-        torch.bmm(left, right, out=out.view(left.shape[0], left.shape[1], right.shape[2]))
+        target = out.view(left.shape[0], left.shape[1], right.shape[2])
+        if better_transposed(left.shape[1], left.shape[2], right.shape[2]):
+            target.copy_(torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2))
+        else:
+            torch.bmm(left, right, out=target)
         return out
     return torch.bmm(left, right).reshape(x.shape[0], *geometry.weight_shape(x.shape, g.shape))
+
+
+def better_transposed(o: int, t: int, i: int) -> bool:
+    """Whether `(i, t)` times `(t, o)` is the faster way to a small `(o, i)`: rows that fill whole vectors."""
+    return o % 16 == 0 and i % 16 != 0 and i <= 160 and t >= 4 * i
 
 
 def onednn(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:

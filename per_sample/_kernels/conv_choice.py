@@ -9,13 +9,14 @@ from math import prod
 
 import torch
 
-from per_sample._kernels.conv_algorithms import merged_groups
+from per_sample._kernels.conv_algorithms import better_transposed, merged_groups
 from per_sample._kernels.conv_geometry import ConvGeometry
 from per_sample._kernels.onednn import available, fast_mm
+from per_sample._kernels.threads import samples_at_once
 
 Shape = tuple[int, ...]
 
-# What a piece of samples may touch: it should stay in the cache. `group` is one operator, best left whole.
+# What a thread's samples may touch: it should stay in the cache. `group` is one operator, best left whole.
 _PIECE_BYTES = {"fold": 6 * 2**20, "fold_merged": 6 * 2**20, "unfold": 4 * 2**20, "onednn": 1}
 
 
@@ -54,8 +55,9 @@ def plan_conv(
     functional: bool,
     scratch_bytes: int,
     override: str | None = None,
+    workers: int = 1,
 ) -> tuple[str, int]:
-    """The algorithm, `override` if given, and how many samples it takes at a time; else as `choose_conv`."""
+    """The algorithm, `override` if given, and how many samples it takes at a time on so many `workers`; else as `choose_conv`."""
     if override is not None:
         _check(override, geometry, dtype, device, functional)
         name = override
@@ -67,11 +69,12 @@ def plan_conv(
         name = _choose_grouped(x_shape[2], g_shape[2], geometry)
     else:
         name = _choose_dense(x_shape, g_shape, geometry, dtype == torch.float32 and not functional)
-    limit = scratch_bytes
-    if device.type == "cpu":
-        limit = min(limit, _PIECE_BYTES.get(name, limit))
-    samples = limit // max(1, sample_bytes(name, x_shape, g_shape, geometry, dtype.itemsize))
-    return name, max(1, min(x_shape[0], samples))
+    on_cpu = device.type == "cpu"
+    cache = _PIECE_BYTES.get(name, scratch_bytes) if on_cpu else scratch_bytes
+    one = sample_bytes(name, x_shape, g_shape, geometry, dtype.itemsize)
+    # A sample at a time is what makes `onednn` worth its while.
+    workers = workers if on_cpu and name != "onednn" else 1
+    return name, samples_at_once(x_shape[0], one, cache, scratch_bytes, workers)
 
 
 def sample_bytes(name: str, x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, itemsize: int) -> int:
@@ -100,18 +103,23 @@ def _choose_elsewhere(x_shape: Shape, geometry: ConvGeometry) -> str:
 
 def _choose_grouped(channels: int, outputs: int, geometry: ConvGeometry) -> str:
     taps, width = prod(geometry.kernel), channels // geometry.groups
-    if channels == geometry.groups == outputs:
-        return "group" if taps > 9 else "fold"
-    if taps == 1:
+    if channels == geometry.groups == outputs and taps > 1:
+        return _choose_depthwise(taps, len(geometry.kernel))
+    if taps == 1 or (width == 1 and outputs > channels):
         return "unfold"
     # Merging multiplies the arithmetic, and pays only where a group is too narrow for vector instructions.
     return "fold_merged" if 2 <= width <= 4 and merged_groups(channels, geometry) >= 4 else "fold"
 
 
+def _choose_depthwise(taps: int, axes: int) -> str:
+    if axes == 1:
+        return "group" if taps <= 16 else "unfold"
+    return "group" if taps > 9 else "fold"
+
+
 def _choose_dense(x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, may_use_onednn: bool) -> str:
     channels, outputs = x_shape[2], g_shape[2]
     taps, locations = prod(geometry.kernel), x_shape[1] * prod(g_shape[3:])
-    planar = len(geometry.kernel) == 2
     flops = 2 * channels * outputs * taps * locations
     slow_mm = may_use_onednn and not fast_mm()
     if taps == 1:
@@ -119,13 +127,24 @@ def _choose_dense(x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, may_us
             return "unfold"
         return "onednn" if flops >= 1e7 else "fold"
     if channels < 16:
-        if planar and prod(g_shape[3:]) > 4096:
-            return "fold"
-        return "onednn" if slow_mm and flops > 1e7 else "unfold"
+        return _choose_narrow(channels, outputs, taps, g_shape[3:], slow_mm and flops > 1e7)
+    if outputs < 16:
+        return "group" if outputs == 1 else "unfold"
     # Where there are few locations for many weights, the product's shape suits a matrix library better.
     if locations >= (0.75 if flops < 2e6 else 1.5) * outputs:
         return "fold"
     return "onednn" if slow_mm and flops >= 2e6 else "unfold"
+
+
+def _choose_narrow(channels: int, outputs: int, taps: int, locations: Shape, prefer_onednn: bool) -> str:
+    """For few input channels, of which vector instructions make little."""
+    axes, count = len(locations), prod(locations)
+    long = axes == 1 or taps > 25
+    if axes == 3 or (channels == 1 and long and not better_transposed(outputs, count, taps)):
+        return "group"
+    if axes == 2 and count > (1500 if 1 < channels and taps <= 9 else 4096):
+        return "fold"
+    return "onednn" if prefer_onednn else "unfold"
 
 
 def _check(name: str, geometry: ConvGeometry, dtype: torch.dtype, device: torch.device, functional: bool) -> None:

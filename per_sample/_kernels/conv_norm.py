@@ -33,8 +33,9 @@ def conv_norm_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functio
     b, c, o, dtype = x.shape[1], x.shape[2], g.shape[2], torch.promote_types(x.dtype, g.dtype)
     taps, locations, pixels = prod(geometry.kernel), b * prod(geometry.locations(x.shape[3:])), b * prod(x.shape[3:])
     side = gram_cost(locations, o, dtype, x.device, functional)
+    unfolded = 0 if _picks_pixels(geometry) else _UNFOLDED * locations * c * taps
     costs = {
-        "gram": side + gram_cost(locations, c * taps, dtype, x.device, functional) + _UNFOLDED * locations * c * taps,
+        "gram": side + gram_cost(locations, c * taps, dtype, x.device, functional) + unfolded,
         "pixel_gram": side + gram_cost(pixels, c, dtype, x.device, functional) + _ADDITION * _window_additions(x, locations, geometry),
     }
     if taps == 1:
@@ -44,6 +45,11 @@ def conv_norm_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functio
     costs = {name: cost if _scratch(x, locations, geometry, name) <= allowed else inf for name, cost in costs.items()}
     costs["pieces"] = direct_cost(locations, o, c * taps)
     return min(costs, key=costs.__getitem__)
+
+
+def _picks_pixels(geometry: ConvGeometry) -> bool:
+    """Whether each window is one pixel, so that the unfolded input is a view of the input."""
+    return prod(geometry.kernel) == 1 and not any(geometry.padding)
 
 
 def _padded(x: Tensor, geometry: ConvGeometry) -> int:
@@ -81,7 +87,7 @@ def conv_sq_norm(x: Tensor, g: Tensor, geometry: ConvGeometry, algorithm: str, *
     step = n
     if type(n) is int:
         locations = x.shape[1] * prod(g.shape[3:])
-        step = gram_piece(locations, dtype.itemsize, x.device, _scratch(x, locations, geometry, algorithm))
+        step = gram_piece(n, locations, dtype.itemsize, x.device, _scratch(x, locations, geometry, algorithm))
     pieces = zip(torch.split(x, step), torch.split(g, step), strict=True) if type(n) is int and step < n else [(x, g)]
     found = []
     for x_piece, g_piece in pieces:
@@ -93,6 +99,8 @@ def conv_sq_norm(x: Tensor, g: Tensor, geometry: ConvGeometry, algorithm: str, *
 
 def _unfolded_gram(x: Tensor, geometry: ConvGeometry, functional: bool) -> Tensor:
     d = len(geometry.kernel)
+    if _picks_pixels(geometry):
+        return gram(windows(x, geometry).flatten(3).movedim(2, -1).flatten(1, -2), functional=functional)
     # Channels last, so that unfolding copies them in runs.
     pixels = F.pad(x.movedim(2, -1), [0, 0, *(p for padding in reversed(geometry.padding) for p in (padding, padding))]).contiguous()
     columns = windows(pixels.movedim(-1, 2), replace(geometry, padding=(0,) * d))  # (n, b, c, *l, *k)

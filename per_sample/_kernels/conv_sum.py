@@ -46,11 +46,14 @@ def conv_sum_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, function
     locations, (o, width, *kernel) = b * prod(geometry.locations(size)), geometry.weight_shape(x.shape, g.shape)
     taps = prod(kernel)
     fits = x.dtype.itemsize * n * locations * (x.shape[2] * taps + o) <= current_options().scratch_bytes
+    own = conv_algorithm(x, g, geometry)
     if geometry.groups == 1:
+        # For one output channel, and for a few input channels of a volume, torch's kernel hardly uses vector instructions.
+        if own == "group" and (o == 1 or x.shape[2] >= 4):
+            return "formed"
         # Where there are few locations for many weights, what torch's kernel rearranges outweighs the arithmetic.
         return "product" if fits and (2 * n * locations <= o or (taps == 1 and o < 8)) else "plain"
     # Torch's kernel is slow for narrow groups, whose gradients are hardly larger than what they are made of.
-    own = conv_algorithm(x, g, geometry)
     if own == "unfold" and taps > 1 and fits:
         return "product"
     return "formed" if own in ("group", "fold_merged") and width * taps <= 4 * locations else "plain"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from per_sample._kernels.onednn import fast_mm, inner_product
+from per_sample._kernels.threads import samples_at_once, threads
 from per_sample._options import current_options
 
 # What is formed and reduced at once should not leave the cache.
@@ -40,12 +41,11 @@ def _full_precision(device: torch.device) -> bool:
     return {general, backend.matmul.fp32_precision} <= {"none", "ieee"}
 
 
-def gram_piece(t: int, itemsize: int, device: torch.device, besides: int = 0) -> int:
-    """How many samples' pairs of Gram matrices of ``t`` positions to hold at once, with so many elements ``besides``."""
-    limit = current_options().scratch_bytes
-    if device.type == "cpu":
-        limit = min(limit, CACHE_BYTES)
-    return max(1, limit // ((3 * t * t + besides) * itemsize))
+def gram_piece(n: int, t: int, itemsize: int, device: torch.device, besides: int = 0) -> int:
+    """How many of ``n`` samples' pairs of Gram matrices of ``t`` positions to hold at once, with so many elements ``besides``."""
+    limit, one = current_options().scratch_bytes, (3 * t * t + besides) * itemsize
+    on_cpu = device.type == "cpu"
+    return samples_at_once(n, one, CACHE_BYTES if on_cpu else limit, limit, threads() if on_cpu else 1)
 
 
 def gram(x: Tensor, *, functional: bool) -> Tensor:

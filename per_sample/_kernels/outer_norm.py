@@ -78,7 +78,7 @@ def _norm_of_product(left: Tensor, right: Tensor, functional: bool) -> tuple[Ten
 def _norm_by_grams(left: Tensor, right: Tensor, functional: bool) -> tuple[Tensor, Tensor | None]:
     m, t = left.shape[:2]
     dtype = product_dtype(torch.promote_types(left.dtype, right.dtype), left.device, functional)
-    step = gram_piece(t, dtype.itemsize, left.device) if type(m) is int else m
+    step = gram_piece(m, t, dtype.itemsize, left.device) if type(m) is int else m
     sides = (torch.split(left, step), torch.split(right, step)) if type(m) is int and step < m else ([left], [right])
     found = []
     for piece in zip(*sides, strict=True):

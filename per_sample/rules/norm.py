@@ -101,6 +101,9 @@ def _scaled_sum(centred: Tensor, g: Tensor, rstd: Tensor, shape: Any, functional
     product = centred * g if functional or centred.dtype != g.dtype else centred.mul_(g)
     product = product.reshape(n, -1, size)
     scale = rstd.reshape(n, 1, -1).to(product.dtype)
+    if torch.compiler.is_compiling():
+        # A product of matrices is a call that nothing is fused with.
+        return (scale.transpose(1, 2) * product).sum(1).view(n, *shape)
     return torch.bmm(scale, product).view(n, *shape)
 
 
