@@ -111,7 +111,9 @@ def reduce_on_arrival(targets: list[Tensor], reduce: Reduce, ctx: Context) -> di
 
 
 def _held_storages(result: Any) -> set[int | None]:
-    """The memory of the operands that a result keeps."""
+    """The memory of the tensors and operands that a result keeps."""
+    if isinstance(result, Tensor):
+        return {storage_of(result)}
     if isinstance(result, LeafGrads):
         return {storage_of(x) for x in operands(result.factor)}
     if isinstance(result, (tuple, list)):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from per_sample import _arguments
 from per_sample._errors import ArgumentError
-from per_sample.quantities.side_by_side import are_small
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,11 +68,6 @@ class Targets:
             for leaf, dim, diff in own
             if diff and isinstance(leaf, Tensor)
         ]
-
-    @property
-    def small(self) -> bool:
-        """Whether the gradients are so small that they are best formed, those of all leaves as one."""
-        return not torch.compiler.is_dynamo_compiling() and are_small(self.shapes, self.arguments.n)
 
     def structured(self, results: list[Any]) -> Any:
         """One result for each leaf, in the structure of the differentiated arguments."""

@@ -19,7 +19,7 @@ from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.combined import root, total
 from per_sample.quantities.leaf import LeafGrads
 from per_sample.quantities.precision import real_dtype
-from per_sample.quantities.side_by_side import one_by_one, side_by_side
+from per_sample.quantities.side_by_side import apart, row, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,8 +51,6 @@ class Weighing:
     weight: Callable[[int, Tensor], Tensor] | None = None
     # The weight of one sample may depend on the norms of all.
     whole: bool = False
-    # All leaves, of one group, are formed and weighed as one.
-    small: bool = False
 
 
 class Weighed(NamedTuple):
@@ -183,6 +181,11 @@ def by_group(squares: list[Tensor], weighing: Weighing) -> list[Tensor]:
     return [root(total(some or [torch.zeros_like(squares[0])])) for some in members]
 
 
+def norms_of(leaves: list[Any], weighing: Weighing) -> tuple[list[Tensor], list[Tensor]]:
+    """The groups' norms and bounds from their squares for each leaf."""
+    return by_group([leaf[0] for leaf in leaves], weighing), by_group([leaf[1] for leaf in leaves], weighing)
+
+
 class _Norms(Quantity):
     """The norms alone, and the bounds on the gradients' parts."""
 
@@ -194,11 +197,7 @@ class _Norms(Quantity):
         return square, grads.sq_condition(square)
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
-        return None, *self.norms(leaves), None
-
-    def norms(self, leaves: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Norms and bounds of each group."""
-        return by_group([leaf[0] for leaf in leaves], self.weighing), by_group([leaf[1] for leaf in leaves], self.weighing)
+        return None, *norms_of(leaves, self.weighing), None
 
     def join(self, parts: list[Any], samples: list[Sequence[int] | None]) -> Any:
         sums, norms, conditions, lost = zip(*parts, strict=True)
@@ -212,25 +211,21 @@ class _NormsAndSums(_Norms):
     """Both, from the factors of one backward pass."""
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
-        return grads if self.weighing.small else self._measured(grads)
+        return row(grads) or self._measured(grads)
 
     def _measured(self, grads: LeafGrads) -> tuple[Tensor, Tensor, LeafGrads]:
         square, settled = grads.settled()
         return square, settled.sq_condition(square), settled
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> Any:
-        if self.weighing.small:
-            row = side_by_side(leaves)
-            if row is not None:
-                one = _NormsAndSums(replace(self.weighing, groups=[0], small=False))
-                sums, *rest = one.run([one._measured(row)], samples)
-                return None if sums is None else one_by_one(sums[0], [grads.shape for grads in leaves]), *rest
-            leaves = [self._measured(grads) for grads in leaves]
-        norms, conditions = self.norms(leaves)
-        if self.weighing.whole and samples is not None:
+        found = units(leaves, self.weighing.groups)
+        leaves = [unit.found if unit.shapes is None else self._measured(unit.found) for unit in found]
+        weighing = replace(self.weighing, groups=[unit.group for unit in found])
+        norms, conditions = norms_of(leaves, weighing)
+        if weighing.whole and samples is not None:
             return None, norms, conditions, None
-        weights = self.weighing.weigh(norms, conditions, samples)
+        weights = weighing.weigh(norms, conditions, samples)
         known: Rounded = {}
-        parts = [_parts(leaf[2], weights, group, known) for leaf, group in zip(leaves, self.weighing.groups, strict=True)]
-        sums, lost = _together(parts, self.weighing, weights.apart)
-        return sums, norms, conditions, lost
+        parts = [_parts(leaf[2], weights, group, known) for leaf, group in zip(leaves, weighing.groups, strict=True)]
+        sums, lost = _together(parts, weighing, weights.apart)
+        return apart(sums, found), norms, conditions, lost

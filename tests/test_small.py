@@ -1,4 +1,4 @@
-"""Small gradients are formed and reduced side by side, after the backward pass; the numbers are those of the loop all the same."""
+"""Small gradients are formed and reduced side by side; the numbers are those of the loop all the same."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 import per_sample
 import tree_oracle
-from per_sample import NonFiniteWarning, clipped_grad, per_sample_grad_norm, weighted_grad
+from per_sample import NonFiniteWarning, _backward, clipped_grad, per_sample_grad_norm, weighted_grad
 from per_sample.quantities import side_by_side
-from per_sample.quantities.leaf import LeafGrads
 from programs import PROGRAMS
 from quantity_table import QUANTITIES
 
@@ -36,16 +35,17 @@ def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was formed side by side."""
+    """The shapes of what was formed side by side, of each run."""
     found: list[Any] = []
-    original = side_by_side.side_by_side
+    original = side_by_side.units
 
-    def seen(leaves: list[LeafGrads]) -> LeafGrads | None:
-        found.append(original(leaves))
-        return found[-1]
+    def seen(leaves: Any, groups: Any) -> Any:
+        units = original(leaves, groups)
+        found.append([(tuple(unit.found.factor.value.shape), unit.found.dtype) for unit in units if unit.shapes is not None])
+        return units
 
     for module in (per_sample._weighing, per_sample.transforms.norms):
-        monkeypatch.setattr(module, "side_by_side", seen)
+        monkeypatch.setattr(module, "units", seen)
     return found
 
 
@@ -68,10 +68,39 @@ def test_leaves_are_one_row(name: str, rows: list[Any], monkeypatch: pytest.Monk
     make, options = CALLS[name]
     x = torch.randn(N, IN, dtype=D)
     small = make(loss, **options)(params(), x)
-    assert [tuple(row.factor.value.shape) for row in rows] == [(N, OUT * IN + OUT)]
-    monkeypatch.setattr(side_by_side, "SMALL", N * (OUT * IN + OUT) - 1)
+    monkeypatch.setattr(side_by_side, "SMALL", N * OUT * IN - 1)
     tree_oracle.assert_close(small, make(loss, **options)(params(), x))
-    assert len(rows) == 1
+    assert rows == [[((N, OUT * IN + OUT), D)], [((N, OUT), D)]]
+
+
+def test_each_group_has_its_own_row(rows: list[Any]) -> None:
+    x = torch.randn(N, IN, dtype=D)
+    found = clipped_grad(loss, {"w": 0.5, "b": 0.25})(params(), x)
+    assert rows == [[((N, OUT), D), ((N, OUT * IN), D)]]
+    twin = per_sample.reference.clipped_grad(loss, {"w": 0.5, "b": 0.25})
+    tree_oracle.assert_close(found, twin(params(), x))
+
+
+def test_a_row_is_not_overwritten_later_in_the_backward_pass(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a bias is the very tensor that the program's own backward pass goes on with, and here doubles."""
+    monkeypatch.setattr(_backward, "LARGE", 0)
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad.mul_(2)
+
+    def fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (Doubled.apply(F.linear(x, p["w"])) + p["b"]).tanh().sum()
+
+    x = torch.randn(N, IN, dtype=D)
+    wanted = per_sample.per_sample_grad(fn)(params(), x)
+    torch.testing.assert_close(per_sample_grad_norm(fn)(params(), x), torch.cat([g.flatten(1) for g in wanted.values()], 1).norm(dim=1))
+    tree_oracle.assert_close(wanted, tree_oracle.loop(fn, (0,), (None, 0))(params(), x)[0])
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -81,14 +110,14 @@ def test_samples_that_are_not_finite_are_left_out(chunk_size: int | None, rows: 
     clipped = clipped_grad(lambda p, x: F.linear(x, p["w"], p["b"]).sum(), 0.5, chunk_size=chunk_size)
     with pytest.warns(NonFiniteWarning, match="1 of 4"):
         found = clipped(params(), x)
-    assert all(row is not None for row in rows)
+    assert rows
     tree_oracle.assert_close(found, clipped(params(), x[[0, 2, 3]]))
 
 
 def test_half_precision_is_summed_in_single(rows: list[Any]) -> None:
     found = clipped_grad(loss, 0.5)(params(torch.bfloat16), torch.randn(N, IN, dtype=torch.bfloat16))
     assert {leaf.dtype for leaf in found.values()} == {torch.float32}
-    assert rows[0].dtype == torch.float32
+    assert rows == [[((N, OUT * IN + OUT), torch.float32)]]
 
 
 def test_leaves_of_different_dtypes_stay_apart(rows: list[Any]) -> None:
@@ -99,7 +128,7 @@ def test_leaves_of_different_dtypes_stay_apart(rows: list[Any]) -> None:
 
     x = torch.randn(N, IN, dtype=D)
     found = clipped_grad(own, 0.5)(mixed, x)
-    assert rows == [None]
+    assert rows == [[((N, OUT), D), ((N, OUT * IN), torch.float32)]]
     assert (found["w"].dtype, found["b"].dtype) == (torch.float32, torch.float64)
     parts = [clipped_grad(own, 0.5)(mixed, x[i : i + 1]) for i in range(N)]
     for name, value in found.items():
@@ -115,7 +144,7 @@ def test_derivatives_of_the_caller(rows: list[Any]) -> None:
     twin = per_sample.reference.per_sample_grad_norm(loss)
     found, wanted = (torch.func.grad(total)(params()["w"], f) for f in (per_sample_grad_norm(loss), twin))
     torch.testing.assert_close(found, wanted)
-    assert rows == [None]
+    assert rows == [[]]
 
 
 def test_a_sum_may_be_written_into() -> None:

@@ -183,8 +183,7 @@ class ClippedGrad:
             padding = None if is_padding is None else _checked_padding(is_padding, targets.arguments.n)
             spec.append(bounds)
             weigh = functools.partial(self._weigh, bounds, padding, _ROUNDING[narrowest(targets)])
-            small = len(bounds) == 1 and targets.small
-            return Weighing(groups, len(bounds), weigh, lambda group, norm: self._weight(norm, bounds[group]), small=small)
+            return Weighing(groups, len(bounds), weigh, lambda group, norm: self._weight(norm, bounds[group]))
 
         weighed = weighed_sum(self._fn, self._convention, bind, self._memory, args, kwargs)
         targets = weighed.targets

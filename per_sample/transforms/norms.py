@@ -13,7 +13,7 @@ from per_sample._evaluate import Evaluation, transform
 from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.combined import promoted, root, total, vector_norm, widest
 from per_sample.quantities.precision import real_dtype
-from per_sample.quantities.side_by_side import side_by_side
+from per_sample.quantities.side_by_side import row, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,17 +82,15 @@ class _Norms(Quantity):
         self.targets = targets
         self.ord = ord
         self.per_leaf = per_leaf
-        self.small = ord == 2 and not per_leaf and targets.small
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Any:
-        if self.small:
-            return grads
-        return grads.sq_norm() if self.ord == 2 and not self.per_leaf else grads.norm(self.ord)
+        if self.ord == 2 and not self.per_leaf:
+            return row(grads) or grads.sq_norm()
+        return grads.norm(self.ord)
 
     def run(self, leaves: list[Any], samples: Sequence[int] | None) -> list[Tensor]:
-        if self.small:
-            row = side_by_side(leaves)
-            leaves = [grads.sq_norm() for grads in (leaves if row is None else [row])]
+        if self.ord == 2 and not self.per_leaf:
+            leaves = [unit.found if unit.shapes is None else unit.found.sq_norm() for unit in units(leaves, [0] * len(leaves))]
         dtypes = [real_dtype(leaf.dtype) for leaf in self.targets.leaves]
         if self.per_leaf:
             return [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]

@@ -85,7 +85,7 @@ def _given(weights: Tensor, targets: Targets) -> Sums:
 
 
 def _one_group(targets: Targets, weigh: Any) -> Weighing:
-    return Weighing([0] * len(targets.leaves), 1, weigh, whole=True, small=targets.small)
+    return Weighing([0] * len(targets.leaves), 1, weigh, whole=True)
 
 
 def _check_weights(weights: Any, n: int) -> None:
