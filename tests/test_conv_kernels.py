@@ -300,7 +300,7 @@ def test_the_choice_is_stable():
     assert choice(large, few, square(3, padding=1)) == "unfold"
     assert choice(large, (8, 1, 128, 32, 32), square(3, 64, 1)) == "unfold"
     line, volume = (8, 1, 64, 200), (8, 1, 3, 8, 9, 10)
-    for kernel, expected in ((7, "group"), (31, "unfold")):
+    for kernel, expected in ((7, "group"), (31, "group"), (33, "unfold")):
         depthwise = ConvGeometry((kernel,), (1,), (kernel // 2,), (1,), 64)
         assert choice(line, line, depthwise) == expected
     assert choice(volume, volume, ConvGeometry((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3, 1)) == "group"

@@ -113,7 +113,7 @@ def _choose_grouped(channels: int, outputs: int, geometry: ConvGeometry) -> str:
 
 def _choose_depthwise(taps: int, axes: int) -> str:
     if axes == 1:
-        return "group" if taps <= 16 else "unfold"
+        return "group" if taps <= 32 else "unfold"
     return "group" if taps > 9 else "fold"
 
 
@@ -139,10 +139,10 @@ def _choose_dense(x_shape: Shape, g_shape: Shape, geometry: ConvGeometry, may_us
 def _choose_narrow(channels: int, outputs: int, taps: int, locations: Shape, prefer_onednn: bool) -> str:
     """For few input channels, of which vector instructions make little."""
     axes, count = len(locations), prod(locations)
-    long = axes == 1 or taps > 25
-    if axes == 3 or (channels == 1 and long and not better_transposed(outputs, count, taps)):
+    one_by_one = axes == 1 or (taps > 25 and not better_transposed(outputs, count, taps))
+    if axes == 3 or (channels == 1 and one_by_one):
         return "group"
-    if axes == 2 and count > (1500 if 1 < channels and taps <= 9 else 4096):
+    if axes == 2 and count > (2500 if 1 < channels and taps <= 9 else 4096):
         return "fold"
     return "onednn" if prefer_onednn else "unfold"
 
