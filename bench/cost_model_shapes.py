@@ -102,6 +102,9 @@ CONVS = (
     # Volumes
     Conv("video", (4, 8, 8, 16, 16), (16, 8, 3, 3, 3), padding=1),
     Conv("video stem", (4, 3, 8, 32, 32), (32, 3, 3, 3, 3), padding=1),
+    Conv("video stem n16", (16, 3, 8, 32, 32), (16, 3, 3, 3, 3), padding=1),
+    Conv("video second n16", (16, 16, 4, 16, 16), (32, 16, 3, 3, 3), padding=1),
+    Conv("video third n16", (16, 32, 2, 8, 8), (64, 32, 3, 3, 3), padding=1),
     Conv("volume", (4, 1, 24, 24, 24), (16, 1, 3, 3, 3), padding=1),
     Conv("volume 16 s2", (8, 16, 12, 12, 12), (32, 16, 3, 3, 3), stride=2, padding=1),
     Conv("depthwise volume", (4, 32, 8, 14, 14), (32, 1, 3, 3, 3), padding=1, groups=32),
