@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
@@ -21,12 +22,27 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 from per_sample._batched import Batched, wrap, wrap_factor
 from per_sample._factors import Outer
 from per_sample._kernels import onednn
+from per_sample._registry import TABLE, on_change
 from per_sample._skipped import skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._batched import Context
+
+
+aten = torch.ops.aten
+# What a linear layer consists of, and which of it has rules from outside the package: these are to be asked.
+_SINGLE = {aten.addmm.default, aten.mm.default, aten.bmm.default, aten.t.default, aten.view.default, aten.sum.dim_IntList}
+_replaced: set[OpOverload] = set()
+
+
+def _note_replaced(op: OpOverload) -> None:
+    if op in _SINGLE:
+        (_replaced.add if TABLE[op].foreign else _replaced.discard)(op)
+
+
+on_change(_note_replaced)
 
 
 class CompositeMode(TorchFunctionMode):
@@ -51,6 +67,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(input) is not Batched or input.shared or not _is_undisturbed(input.ctx, input.device.type):
         return NotImplemented
     shape = input.shape
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+        return NotImplemented
     if not shape or not input.is_floating_point() or weight.dim() != 2 or shape[-1] != weight.shape[1] or input.numel() == 0:
         return NotImplemented
     if not _is_shared_by(input, weight) or (bias is not None and not (_is_shared_by(input, bias) and bias.shape == weight.shape[:1])):
@@ -63,6 +81,7 @@ def _is_undisturbed(ctx: Context, device: str) -> bool:
     return (
         _is_alone(ctx)
         and not ctx.expands
+        and not _replaced
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled(device)
         and _functorch.peek_interpreter_stack() is None
@@ -132,7 +151,8 @@ def _physical(x: Any) -> Any:
 def _gradients(shape: tuple[int, ...], wanted: Any, grad: Batched, input: Any, weight: Any) -> tuple[Any, Any, Any]:
     """The input's gradient, the weight's as an ``Outer``, and the bias' as a sum over positions."""
     ctx, g = grad.ctx, grad.physical
-    rows = g.reshape(ctx.n, -1, g.shape[-1])
+    # Three products read it, each of which would copy what does not lie in rows.
+    rows = (g if g.stride(-1) == 1 else g.contiguous()).reshape(ctx.n, -1, g.shape[-1])
     by_input = by_weight = by_bias = None
     if wanted[0]:
         by_input = wrap(ctx, (rows.flatten(0, 1) @ _physical(weight)).view(ctx.n, *shape))

@@ -162,3 +162,19 @@ def test_assert_matches_reference_fails_where_it_should(table):
 
     with pytest.raises(AssertionError):
         assert_matches_reference(lambda w, x: (w * x).tanh().sum(), W, X)
+
+
+def test_a_rule_for_an_op_of_a_linear_layer_is_asked(table):
+    """`F.linear` is one op of the library's own only where the library's own rules would have been asked."""
+    asked = []
+    own = _registry.TABLE[aten.addmm.default].run
+
+    @rule(aten.addmm.default, override=True)
+    def addmm(self, mat1, mat2, *, beta=1, alpha=1):
+        asked.append(mat1.shape)
+        return own(self, mat1, mat2, beta=beta, alpha=alpha)
+
+    w, b, x = torch.randn(3, 4), torch.randn(3), torch.randn(5, 2, 4)
+    grads = per_sample.per_sample_grad(lambda p, x: torch.nn.functional.linear(x, *p).sin().sum())((w, b), x)
+    assert asked == [(2, 4)]
+    assert [tuple(grad.shape) for grad in grads] == [(5, 3, 4), (5, 3)]
