@@ -101,7 +101,8 @@ def _mark(name: str) -> dict[str, Any]:
 
 def _sweeps(sweeps: dict[str, Any], ink: str) -> Any:
     """Time and memory, by batch and by width, a column for each workload."""
-    rows = [(kind, unit) for unit in ("time", "memory") for kind in ("n", "width") if sweeps.get(kind)]
+    pairs = [(kind, unit) for unit in ("time", "memory") for kind in ("n", "width")]
+    rows = [(kind, unit) for kind, unit in pairs if any(_value(r, unit) is not None for r in sweeps.get(kind, ()))]
     workloads = list(dict.fromkeys(r["workload"] for kind, _ in rows for r in sweeps[kind]))
     shape = len(rows), len(workloads)
     figure, panels = plt.subplots(*shape, figsize=(8, 0.8 + 1.9 * len(rows)), squeeze=False, layout="constrained")
