@@ -82,6 +82,8 @@ def _is_undisturbed(ctx: Context, device: str) -> bool:
         _is_alone(ctx)
         and not ctx.expands
         and not _replaced
+        # A mode of the caller's, around the transform, wants to see the function and what it calls.
+        and torch._C._len_torch_function_stack() == 0
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled(device)
         and _functorch.peek_interpreter_stack() is None
@@ -130,9 +132,14 @@ def _below(ctx: Context, name: str, run: Callable[[], Any]) -> Any:
     """Run physical ops, which do not concern the interpreter."""
     mode = _pop_mode()
     try:
-        return run() if ctx.recorder is None else ctx.recorder.op(name, "rule", run)
+        with torch._C.DisableTorchFunction():
+            return _recorded(ctx, name, run)
     finally:
         _push_mode(mode)
+
+
+def _recorded(ctx: Context, name: str, run: Callable[[], Any]) -> Any:
+    return run() if ctx.recorder is None else ctx.recorder.op(name, "rule", run)
 
 
 def _product(input: Batched, weight: Any, bias: Any) -> Batched:
@@ -160,7 +167,8 @@ def _gradients(shape: tuple[int, ...], wanted: Any, grad: Batched, input: Any, w
         factor = Outer(rows.transpose(1, 2), input.physical.reshape(ctx.n, -1, shape[-1]))
         by_weight = wrap_factor(ctx, factor) if ctx.backward else wrap(ctx, factor.materialize())
     if wanted[2]:
-        by_bias = wrap(ctx, rows.sum(1) if rows.shape[1] > 1 else rows.squeeze(1))
+        # Never the rows themselves: the program may go on to write into them.
+        by_bias = wrap(ctx, rows.sum(1))
     return by_input, by_weight, by_bias
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from per_sample import UnsupportedError, explain, per_sample_grad
+from per_sample import UnsupportedError, explain, per_sample_grad, per_sample_grad_norm
 from tree_oracle import assert_close, loop
 
 # torch's derivatives in forward mode still script their decompositions.
@@ -144,6 +145,38 @@ SEEN = [per_sample_weight, in_autocast, counted, checkpointed, packed, forward_m
 def test_single_ops_where_somebody_would_see_them(fn: Callable[..., Tensor]) -> None:
     check(fn)
     assert "aten.linear.default" not in ops(fn)
+
+
+class Doubled(TorchFunctionMode):
+    """Makes `F.linear` another function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is F.linear else out
+
+
+@pytest.mark.parametrize("make", [per_sample_grad, per_sample_grad_norm], ids=["gradients", "norms"])
+def test_a_mode_around_the_transform_sees_the_function(make: Any) -> None:
+    def twice(p: Any, x: Tensor) -> Tensor:
+        return (2 * F.linear(x, p["w"], p["b"])).tanh().sum()
+
+    with Doubled():
+        found = make(dense)(PARAMS, X)
+    assert_close(found, make(twice)(PARAMS, X))
+
+
+@pytest.mark.parametrize("make", [per_sample_grad, per_sample_grad_norm], ids=["gradients", "norms"])
+def test_the_gradient_of_a_bias_is_its_own(make: Any) -> None:
+    """Another branch goes on to write into the gradient that the bias received."""
+
+    def fn(p: Any, x: Tensor) -> Tensor:
+        h = (x @ W.t() * p["b"]).tanh()
+        h.register_hook(lambda g: g.mul_(3))
+        return ((F.linear(x, p["w"], p["b"]) + h) * torch.arange(1.0, OUT + 1, dtype=D)).square().sum()
+
+    rows = loop(fn, (0,), (None, 0))(PARAMS, X[:, 0])[0]
+    wanted = rows if make is per_sample_grad else torch.cat([g.flatten(1) for g in rows.values()], 1).norm(dim=1)
+    assert_close(make(fn)(PARAMS, X[:, 0]), wanted)
 
 
 def test_derivatives_of_the_caller() -> None:
