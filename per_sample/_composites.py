@@ -69,7 +69,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     shape = input.shape
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return NotImplemented
-    if not shape or not input.is_floating_point() or weight.dim() != 2 or shape[-1] != weight.shape[1] or input.numel() == 0:
+    if not shape or not input.is_floating_point() or weight.dim() != 2 or shape[-1] != weight.shape[1] or 0 in (input.numel(), weight.numel()):
         return NotImplemented
     if not _is_shared_by(input, weight) or (bias is not None and not (_is_shared_by(input, bias) and bias.shape == weight.shape[:1])):
         return NotImplemented

@@ -179,6 +179,13 @@ def test_the_gradient_of_a_bias_is_its_own(make: Any) -> None:
     assert_close(make(fn)(PARAMS, X[:, 0]), wanted)
 
 
+@pytest.mark.parametrize(("positions", "width", "outputs"), [(0, IN, OUT), (T, 0, OUT), (T, IN, 0)])
+def test_sizes_of_zero(positions: int, width: int, outputs: int) -> None:
+    params = {"w": torch.ones(outputs, width, dtype=D), "b": torch.ones(outputs, dtype=D)}
+    x = torch.ones(N, positions, width, dtype=D)
+    assert_close(per_sample_grad(dense)(params, x), loop(dense, (0,), (None, 0))(params, x)[0])
+
+
 def test_derivatives_of_the_caller() -> None:
     """Whoever differentiates again meets the single ops, which have derivatives."""
     direction = torch.linspace(-1, 1, N * OUT * IN, dtype=D).view(N, OUT, IN)
