@@ -67,9 +67,9 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(input) is not Batched or input.shared or not _is_undisturbed(input.ctx, input.device.type):
         return NotImplemented
     shape = input.shape
-    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)) or 0 in (input.numel(), weight.numel()):
         return NotImplemented
-    if not shape or not input.is_floating_point() or weight.dim() != 2 or shape[-1] != weight.shape[1] or 0 in (input.numel(), weight.numel()):
+    if not shape or not input.is_floating_point() or weight.dim() != 2 or shape[-1] != weight.shape[1]:
         return NotImplemented
     if not _is_shared_by(input, weight) or (bias is not None and not (_is_shared_by(input, bias) and bias.shape == weight.shape[:1])):
         return NotImplemented
