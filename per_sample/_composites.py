@@ -6,13 +6,13 @@ nothing asks for the single ops (no transform or recording around this one, no m
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, overrides
 from torch._C import _functorch
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
@@ -26,7 +26,7 @@ from per_sample._registry import TABLE, on_change
 from per_sample._skipped import skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from per_sample._batched import Context
 
@@ -57,9 +57,22 @@ class CompositeMode(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def composites(ctx: Context) -> AbstractContextManager[Any]:
-    """Where the program runs, so that its functions are caught."""
-    return nullcontext() if ctx.functional else CompositeMode()
+@contextmanager
+def composites(ctx: Context) -> Iterator[None]:
+    """Where the program runs, so that its functions are caught; modes that it leaves open stay open."""
+    if ctx.functional:
+        yield
+        return
+    own = CompositeMode()
+    overrides._push_mode(own)
+    try:
+        yield
+    finally:
+        others = []
+        while (mode := overrides._pop_mode()) is not own:
+            others.append(mode)
+        for mode in reversed(others):
+            overrides._push_mode(mode)
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -79,13 +92,12 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 def _is_undisturbed(ctx: Context, device: str) -> bool:
     """Whether nobody but autograd would see the single ops."""
     return (
-        _is_alone(ctx)
+        _is_alone(ctx, device)
         and not ctx.expands
         and not _replaced
         # A mode of the caller's, around the transform, wants to see the function and what it calls.
         and torch._C._len_torch_function_stack() == 0
         and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(device)
         and _functorch.peek_interpreter_stack() is None
         # A checkpoint runs it again in the backward pass, where functions are not caught, and expects the same tensors to be saved.
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -93,9 +105,11 @@ def _is_undisturbed(ctx: Context, device: str) -> bool:
     )
 
 
-def _is_alone(ctx: Context) -> bool:
-    """Whether the interpreter is what would see an op next, and derivatives end with it."""
-    return ctx.caller is None and not ctx.functional and getattr(_get_current_dispatch_mode(), "ctx", None) is ctx
+def _is_alone(ctx: Context, device: str) -> bool:
+    """Whether the interpreter is what would see an op next, as it is, and derivatives end with it."""
+    if ctx.caller is not None or ctx.functional or torch.is_autocast_enabled(device):
+        return False
+    return getattr(_get_current_dispatch_mode(), "ctx", None) is ctx
 
 
 def _is_shared_by(input: Batched, x: Any) -> bool:
@@ -123,7 +137,7 @@ class Linear(torch.autograd.Function):
         if grad is None:
             return None, None, None
         operands = (c.shape, c.needs_input_grad, grad, *c.saved_tensors)
-        if type(grad) is not Batched or grad.shared or torch.is_grad_enabled() or not _is_alone(grad.ctx):
+        if type(grad) is not Batched or grad.shared or torch.is_grad_enabled() or not _is_alone(grad.ctx, grad.device.type):
             return _by_single_ops(*operands)
         return _below(grad.ctx, "aten.linear_backward.default", partial(_gradients, *operands))
 

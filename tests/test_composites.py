@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -177,6 +177,32 @@ def test_the_gradient_of_a_bias_is_its_own(make: Any) -> None:
     rows = loop(fn, (0,), (None, 0))(PARAMS, X[:, 0])[0]
     wanted = rows if make is per_sample_grad else torch.cat([g.flatten(1) for g in rows.values()], 1).norm(dim=1)
     assert_close(make(fn)(PARAMS, X[:, 0]), wanted)
+
+
+def test_autocast_around_the_backward_pass_alone() -> None:
+    """Torch's own products are then in half precision, and so are these."""
+
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        out = F.linear(x, w).tanh().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            (g,) = torch.autograd.grad(out, w, create_graph=False)
+        return (g * w).sum()
+
+    w, x = W.float(), X.float()
+    assert_close(per_sample_grad(fn)(w, x), loop(fn, (0,), (None, 0))(w, x)[0])
+
+
+def test_a_mode_left_open_by_the_program_stays_open() -> None:
+    left = Doubled()
+
+    def fn(p: Any, x: Tensor) -> Tensor:
+        left.__enter__()
+        return (x @ p["w"].t() + p["b"]).tanh().sum()
+
+    per_sample_grad(fn)(PARAMS, X)
+    assert _get_current_function_mode_stack() == [left]
+    left.__exit__(None, None, None)
+    assert _get_current_function_mode_stack() == []
 
 
 @pytest.mark.parametrize(("positions", "width", "outputs"), [(0, IN, OUT), (T, 0, OUT), (T, IN, 0)])
