@@ -68,10 +68,12 @@ def composites(ctx: Context) -> Iterator[None]:
     try:
         yield
     finally:
-        others = []
-        while (mode := overrides._pop_mode()) is not own:
-            others.append(mode)
-        for mode in reversed(others):
+        # A program that closes a mode of its caller's has closed this one in its stead.
+        stack = overrides._get_current_function_mode_stack()
+        above = stack[stack.index(own) + 1 :] if own in stack else stack[-1:]
+        for _ in range(len(above) + (own in stack)):
+            overrides._pop_mode()
+        for mode in above if own in stack else ():
             overrides._push_mode(mode)
 
 

@@ -205,6 +205,20 @@ def test_a_mode_left_open_by_the_program_stays_open() -> None:
     assert _get_current_function_mode_stack() == []
 
 
+def test_a_mode_of_the_caller_closed_by_the_program_is_closed() -> None:
+    outer, left = Doubled(), Doubled()
+
+    def fn(p: Any, x: Tensor) -> Tensor:
+        left.__exit__(None, None, None)
+        return (x @ p["w"].t() + p["b"]).tanh().sum()
+
+    with outer:
+        left.__enter__()
+        per_sample_grad(fn)(PARAMS, X)
+        assert _get_current_function_mode_stack() == [outer]
+    assert _get_current_function_mode_stack() == []
+
+
 @pytest.mark.parametrize(("positions", "width", "outputs"), [(0, IN, OUT), (T, 0, OUT), (T, IN, 0)])
 def test_sizes_of_zero(positions: int, width: int, outputs: int) -> None:
     params = {"w": torch.ones(outputs, width, dtype=D), "b": torch.ones(outputs, dtype=D)}
