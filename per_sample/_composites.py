@@ -68,12 +68,12 @@ def composites(ctx: Context) -> Iterator[None]:
     try:
         yield
     finally:
-        # A program that closes a mode of its caller's has closed this one in its stead.
         stack = overrides._get_current_function_mode_stack()
-        above = stack[stack.index(own) + 1 :] if own in stack else stack[-1:]
-        for _ in range(len(above) + (own in stack)):
+        # A program that closes a mode of its caller's has closed this one in its stead.
+        place = stack.index(own) if own in stack else len(stack) - 1
+        for _ in stack[place:]:
             overrides._pop_mode()
-        for mode in above if own in stack else ():
+        for mode in stack[place + 1 :]:
             overrides._push_mode(mode)
 
 
