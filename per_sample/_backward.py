@@ -99,6 +99,8 @@ def reduce_on_arrival(targets: list[Tensor], reduce: Reduce, ctx: Context) -> di
             with outside(), torch.set_grad_enabled(ctx.grad_mode):
                 reduced[number] = Reduced(reduce(number, factor, ctx.functional))
             ctx.held.update(_held_storages(reduced[number].result))
+            if isinstance(factor, Dense):
+                ctx.watch(factor.value)
             return wrap_shared(ctx, nothing)
 
         return arrived

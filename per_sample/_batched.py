@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from per_sample._conversions import Conversions
@@ -71,6 +72,8 @@ class Context:
     split: dict[int | None, Tensor] = field(default_factory=dict)
     # Storages of operands that a quantity holds although the backward pass goes on; held, so that no other storage takes their number.
     held: set[int | None] = field(default_factory=set)
+    # Storages of gradients that were reduced although the program may still write into them; they keep their numbers, not their memory.
+    reduced: list[StorageWeakRef] = field(default_factory=list)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
     # Factored values not yet materialised, by id: an in-place op must not change their operands. Nobody asks for those that have died.
@@ -86,6 +89,13 @@ class Context:
         """Remember that a shared tensor has a view."""
         if self.owns(x):
             self.viewed[storage_of(x)] = x
+
+    def watch(self, x: Tensor) -> None:
+        """Begin again if the program writes into a gradient that was reduced: whoever waits for the end finds what was written."""
+        storage = storage_of(x)
+        if storage is not None:
+            self.held.add(storage)
+            self.reduced.append(StorageWeakRef(base_of(x).untyped_storage()))
 
     def forget(self) -> None:
         """Let go of all tensors: the function has run."""

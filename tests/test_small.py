@@ -81,9 +81,12 @@ def test_each_group_has_its_own_row(rows: list[Any]) -> None:
     tree_oracle.assert_close(found, twin(params(), x))
 
 
-def test_a_row_is_not_overwritten_later_in_the_backward_pass(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("small", [0, side_by_side.SMALL])
+@pytest.mark.parametrize("large", [0, _backward.LARGE])
+def test_what_is_written_into_a_gradient_later_counts(large: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a bias is the very tensor that the program's own backward pass goes on with, and here doubles."""
-    monkeypatch.setattr(_backward, "LARGE", 0)
+    monkeypatch.setattr(_backward, "LARGE", large)
+    monkeypatch.setattr(side_by_side, "SMALL", small)
 
     class Doubled(torch.autograd.Function):
         @staticmethod
