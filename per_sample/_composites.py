@@ -1,7 +1,7 @@
 """Functions that are many ops to the dispatcher, and one op of this library's in each direction.
 
 `F.linear` comes to the interpreter as four ops, and its backward pass as ten more; in small networks that is most of the time. Where
-nothing asks for the single ops (no transform or recording around this one, no mode of the program's), it is taken as a whole.
+nobody asks for the single ops (no transform around this one, no mode of the program's or the caller's), it is taken as a whole.
 """
 
 from __future__ import annotations
