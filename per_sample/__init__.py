@@ -1,7 +1,9 @@
 """Every sample's gradient at about the price of one batched gradient."""
 
-from per_sample import grad, reference, testing
+from per_sample import grad as grad
+from per_sample import reference as reference
 from per_sample import rules as _rules  # noqa: F401  (fills the rule table)
+from per_sample import testing as testing
 from per_sample._batched import Batched, physical
 from per_sample._errors import (
     ArgumentError,
@@ -22,6 +24,7 @@ from per_sample._options import options
 from per_sample._registry import rule
 from per_sample.expanded_weights import call_for_per_sample_grads
 from per_sample.explain import Explanation, explain
+from per_sample.modules import ModuleFunction, functional, load_back, set_grads
 from per_sample.quantities.leaf import LeafGrads
 from per_sample.quantities.projectors import (
     FactoredProjector,
@@ -47,6 +50,8 @@ from per_sample.transforms import (
     weighted_grad,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ArgumentError",
     "BatchNormError",
@@ -60,6 +65,7 @@ __all__ = [
     "GaussianProjector",
     "LeafGrads",
     "ModuleCallError",
+    "ModuleFunction",
     "NonFiniteWarning",
     "NotScalarError",
     "PerSampleError",
@@ -73,11 +79,12 @@ __all__ = [
     "call_for_per_sample_grads",
     "clipped_grad",
     "explain",
-    "grad",
+    "functional",
     "grad_gram",
     "grad_second_moment",
     "grad_variance",
     "gradient_noise_scale",
+    "load_back",
     "options",
     "per_sample_grad",
     "per_sample_grad_and_value",
@@ -87,8 +94,7 @@ __all__ = [
     "per_sample_jacobian",
     "physical",
     "projected_grad",
-    "reference",
     "rule",
-    "testing",
+    "set_grads",
     "weighted_grad",
 ]

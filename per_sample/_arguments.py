@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,11 +69,28 @@ def read(args: tuple[Any, ...], argnums: Argnums, in_dims: Any, trees: Any = tre
                 f"Argument {i} has a leaf of type {type(leaf).__name__}, which is no tensor. Convert it (`torch.as_tensor`) to give each "
                 "sample its part, or say with None in `in_dims` that the samples share it."
             )
+        elif in_dims is None and _hides_tensors(leaf):
+            raise ArgumentError(
+                f"Argument {i} has a leaf of type {type(leaf).__name__}, which holds tensors but is no pytree, so that no sample would get "
+                "its part. Pass a dict or a tuple, register the type (`optree.register_pytree_node_class`), or say with None in `in_dims` "
+                "that the samples share it."
+            )
     dims = [_check_dim(leaf, dim, i, args) for leaf, dim, i in zip(leaves, dims, owner, strict=True)]
     for leaf, is_diff, i in zip(leaves, diff, owner, strict=True):
         if is_diff:
             _check_differentiable(leaf, i)
     return Arguments(leaves, spec, dims, diff, owner, numbers, _batch_size(leaves, dims, owner))
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf is a container of tensors that is no pytree."""
+    if dataclasses.is_dataclass(leaf) or isinstance(leaf, SimpleNamespace):
+        held: Any = vars(leaf).values() if hasattr(leaf, "__dict__") else ()
+    elif isinstance(leaf, Mapping):
+        held = leaf.values()
+    else:
+        held = leaf if isinstance(leaf, (set, frozenset)) else ()
+    return any(isinstance(x, Tensor) for x in held)
 
 
 def _argnums(argnums: Argnums, count: int) -> tuple[int, ...]:
@@ -139,8 +159,8 @@ def _check_differentiable(leaf: Any, i: int) -> None:
         return
     if not isinstance(leaf, Tensor):
         raise ArgumentError(
-            f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}; every leaf must be a tensor. A "
-            "module's parameters are `dict(module.named_parameters())`."
+            f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}; every leaf must be a tensor. From a "
+            "module, `loss = functional(module, loss_fn)` makes a function of its parameters, which are `loss.params`."
         )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise ArgumentError(

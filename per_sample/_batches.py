@@ -10,6 +10,8 @@ from torch import Tensor
 from per_sample import _arguments
 from per_sample import _trees as trees
 from per_sample._errors import ArgumentError
+from per_sample._options import progress_bar
+from per_sample._record import current_recorder, recording
 from per_sample._run import Outcome, Program, run
 from per_sample._surroundings import Split, random_states
 
@@ -17,21 +19,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from per_sample._arguments import Arguments
-    from per_sample._backward import Reduce
     from per_sample._record import Recorder
 
-    # Makes the `reduce` of the run of these samples; None: all, in order.
-    Reducer = Callable[[Sequence[int] | None], Reduce]
+    # Makes the `reduce` of the run of these samples; None: all, in order. A recorder adds a last argument, what makes ``LeafGrads``.
+    Reducer = Callable[[Sequence[int] | None], Callable[..., Any]]
 
 
-def outcomes(
-    program: Program, arguments: Arguments, chunk_size: int | None, reducer: Reducer, recorder: Recorder | None = None
-) -> Iterator[Outcome]:
+def outcomes(program: Program, arguments: Arguments, chunk_size: int | None, reducer: Reducer) -> Iterator[Outcome]:
     """One ``Outcome`` for each chunk of samples, or group that runs apart.
 
     An empty batch yields that of one sample of zeros; nothing if the function asks for the values of that sample, which does not exist.
     """
-    n = arguments.n
+    n, recorder = arguments.n, current_recorder()
+    if recorder is not None:
+        recorder.begin(arguments)
     if n == 0:
         yield from _groups(program, arguments, _arguments.one_zero_sample(arguments), 1, None, reducer, recorder)
     elif chunk_size is None or chunk_size >= n:
@@ -39,13 +40,15 @@ def outcomes(
     else:
         # As torch.vmap has it: with randomness="same" every chunk draws the same numbers again.
         restores = random_states(arguments.leaves) if program.randomness == "same" else []
-        for start in range(0, n, chunk_size):
-            size = min(chunk_size, n - start)
-            if start:
-                for restore in restores:
-                    restore()
-            chunk = _arguments.chunk(arguments, start, size)
-            yield from _groups(program, arguments, chunk, size, range(start, start + size), reducer, recorder)
+        with progress_bar(n) as advance:
+            for start in range(0, n, chunk_size):
+                size = min(chunk_size, n - start)
+                if start:
+                    for restore in restores:
+                        restore()
+                chunk = _arguments.chunk(arguments, start, size)
+                yield from _groups(program, arguments, chunk, size, range(start, start + size), reducer, recorder)
+                advance(size)
 
 
 def _groups(
@@ -59,7 +62,7 @@ def _groups(
 ) -> Iterator[Outcome]:
     """The samples in one run; in several where their values lead different ways."""
     try:
-        outcome = run(program, arguments, leaves, n, reducer(samples), recorder, samples)
+        outcome = _run(program, arguments, leaves, n, samples, reducer, recorder)
     except Split as split:
         groups = split.groups
     else:
@@ -72,6 +75,24 @@ def _groups(
                 restore()
         part, numbers = _arguments.pick(arguments, leaves, group), group if samples is None else [samples[k] for k in group]
         yield from _groups(program, arguments, part, len(group), numbers, reducer, recorder)
+
+
+def _run(
+    program: Program,
+    arguments: Arguments,
+    leaves: list[Any],
+    n: int,
+    samples: Sequence[int] | None,
+    reducer: Reducer,
+    recorder: Recorder | None,
+) -> Outcome:
+    if recorder is None:
+        return run(program, arguments, leaves, n, reducer(samples), None, samples)
+    # A transform that the function calls is made of ops like any others.
+    with recording(None):
+        outcome = run(program, arguments, leaves, n, recorder.watched(reducer(samples)), recorder, samples)
+    recorder.runs += 1
+    return outcome
 
 
 def in_order(parts: list[Tensor], samples: list[Sequence[int] | None]) -> Tensor:

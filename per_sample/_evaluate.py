@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from per_sample import _arguments, _compile
+from per_sample import _arguments, _compile, _distributed, _torch_trees
 from per_sample import _trees as trees
 from per_sample._batches import joined, outcomes
+from per_sample._containers import opened
 from per_sample._errors import DataDependentError
 from per_sample._factors import Dense
-from per_sample._packed import opened
 from per_sample._run import Program
 from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.leaf import LeafGrads
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Arguments
+    from per_sample._ranks import Ranks
 
     # Makes the quantity of one call, once the differentiated leaves are known.
     Bind = Callable[[Targets], Quantity]
@@ -34,6 +37,11 @@ class Evaluation(NamedTuple):
     result: Any
     values: Any  # [n, ...]
     aux: Any
+
+    def beside(self, results: list[Any], *, values: bool, aux: bool) -> Any:
+        """What a transform returns: its results, and behind them the losses and the auxiliary values where they are asked for."""
+        found = [*results, *([self.values] if values else []), *([self.aux] if aux else [])]
+        return tuple(found) if len(found) > 1 else found[0]
 
 
 def transform(
@@ -52,15 +60,49 @@ def transform(
 def evaluate(
     fn: Callable[..., Any], convention: Convention, bind: Bind, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Evaluation, Targets]:
-    """One quantity of the gradients of one batch."""
+    """One quantity of the gradients of one batch; of all ranks' samples where it is sharded over them."""
     if torch.compiler.is_dynamo_compiling():
+        if _distributed.seen(_torch_trees.flatten((args, kwargs))[0]):
+            return _untraced(fn, convention, bind, args, kwargs)
         result, values, aux, targets = _compile.evaluate(fn, convention, bind, args, kwargs)
         return Evaluation(result, values, aux), targets
-    fn, args, kwargs = opened(fn, args, kwargs, convention.argnums)
+    fn, args, kwargs, ranks = prepared(fn, convention, args, kwargs)
+    found, targets, quantity = evaluate_here(fn, convention, bind, args, kwargs, ranks)
+    if ranks is not None:
+        found = together(found, ranks)._replace(result=quantity.across(found.result, ranks))
+    return found, targets
+
+
+_untraced = _disable_dynamo(evaluate)
+
+
+def prepared(
+    fn: Callable[..., Any], convention: Convention, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Ranks | None]:
+    """The function and its arguments as tensors of this process, and, if they were DTensors, how the samples lie on the ranks."""
+    with _distributed.mixtures_refused():
+        function, inner, shared = opened(fn, args, kwargs, convention.argnums)
+    ranks, inner, shared = _distributed.localised(convention, inner, shared)
+    if ranks is not None:
+        function, *_ = opened(_distributed.with_whole_state(fn), args, kwargs, convention.argnums)
+    return function, inner, shared, ranks
+
+
+def together(found: Evaluation, ranks: Ranks) -> Evaluation:
+    """With the values of all ranks' samples."""
+    return found._replace(values=ranks.rows(found.values), aux=ranks.tree_of_rows(found.aux))
+
+
+def evaluate_here(
+    fn: Callable[..., Any], convention: Convention, bind: Bind, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Ranks | None
+) -> tuple[Evaluation, Targets, Quantity]:
+    """One quantity of the gradients of the samples that are here."""
     arguments = _arguments.read(args, convention.argnums, convention.in_dims)
-    targets = Targets.of(convention, arguments, args, trees)
+    targets = Targets.of(convention, arguments, args, trees, ranks)
+    quantity = bind(targets)
     program = Program(fn, kwargs, convention.has_aux, convention.keep_batch_dim, convention.randomness, convention.jacobian)
-    return _evaluate(program, arguments, targets, bind(targets), convention.chunk_size), targets
+    with nullcontext() if ranks is None else ranks.random(), _distributed.mixtures_refused():
+        return _evaluate(program, arguments, targets, quantity, convention.chunk_size), targets, quantity
 
 
 def _evaluate(program: Program, arguments: Arguments, targets: Targets, quantity: Quantity, chunk_size: int | None) -> Evaluation:
@@ -78,19 +120,21 @@ def _evaluate(program: Program, arguments: Arguments, targets: Targets, quantity
         values, aux = joined(seen, samples)
         with without_autocast(targets.leaves):
             return Evaluation(quantity.join(parts, samples), values, aux)
-    nothing = [quantity.leaf(i, _no_grads(shape, targets.leaves[i], program.jacobian), None) for i, shape in enumerate(targets.shapes)]
     values, aux = trees.map(_emptied, seen[0]) if seen else _of_nobody(targets, program)
+    outputs = prod(values.shape[1:]) if program.jacobian else None
+    nothing = [quantity.leaf(i, _no_grads(shape, targets.leaves[i], outputs), None) for i, shape in enumerate(targets.shapes)]
     return Evaluation(quantity.join([quantity.run(nothing, None)], [None]), values, aux)
 
 
-def _reducer(quantity: Quantity, samples: Sequence[int] | None, empty: bool) -> Callable[[int, Any, bool], Any]:
-    def reduce(number: int, found: Any, functional: bool) -> Any:
+def _reducer(quantity: Quantity, samples: Sequence[int] | None, empty: bool) -> Callable[..., Any]:
+    # A recorder has the gradients tell it what they are asked.
+    def reduce(number: int, found: Any, functional: bool, of: Callable[..., LeafGrads] = LeafGrads) -> Any:
         if empty:
             return None
         if isinstance(found, list):
-            return quantity.leaf(number, [LeafGrads(factor, functional) for factor in found], samples)
+            return quantity.leaf(number, [of(factor, functional) for factor in found], samples)
         with without_autocast([found.like]):
-            return quantity.leaf(number, LeafGrads(found, functional), samples)
+            return quantity.leaf(number, of(found, functional), samples)
 
     return reduce
 
@@ -103,10 +147,10 @@ def without_autocast(tensors: list[Tensor]) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False)
 
 
-def _no_grads(shape: tuple[int, ...], leaf: Tensor, several: bool) -> Any:
-    """The gradients of no samples."""
+def _no_grads(shape: tuple[int, ...], leaf: Tensor, outputs: int | None) -> Any:
+    """The gradients of no samples; as many as there are outputs."""
     grads = LeafGrads(Dense(leaf.detach().new_zeros((0, *shape))))
-    return [grads] if several else grads
+    return grads if outputs is None else [grads] * outputs
 
 
 def _of_nobody(targets: Targets, program: Program) -> tuple[Any, Any]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 CONV_ALGORITHMS = ("fold", "fold_merged", "group", "unfold", "onednn")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `options` sets; `conv_algorithm` None: chosen by shape."""
+    """What `options` sets; `conv_algorithm` None: chosen by shape; `progress` None: no bar, else what makes one."""
 
     conv_algorithm: str | None = None
     scratch_bytes: int = 64 * 2**20
     split_batch: bool = False
+    progress: Callable[..., Any] | None = None
 
 
 _DEFAULT = Options()
@@ -33,7 +36,13 @@ current_options._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
-def options(*, conv_algorithm: str | None = None, scratch_bytes: int | None = None, split_batch: bool | None = None) -> Iterator[Options]:
+def options(
+    *,
+    conv_algorithm: str | None = None,
+    scratch_bytes: int | None = None,
+    split_batch: bool | None = None,
+    progress: bool | Callable[..., Any] | None = None,
+) -> Iterator[Options]:
     """Set options for a block of code.
 
     A setting left out (or None) keeps the value it has outside the block. Settings hold for the
@@ -45,12 +54,17 @@ def options(*, conv_algorithm: str | None = None, scratch_bytes: int | None = No
         split_batch: where the function asks for the Python value of a per-sample tensor (a branch, `.item()`, `nonzero`), run the samples
             in groups that have the same value, each group on its own, instead of raising `DataDependentError`. The groups draw their
             random numbers one after the other, so that which numbers a sample gets depends on the others' groups.
+        progress: True shows a bar of tqdm's where `chunk_size` makes several runs, which counts samples; so does a function that is called
+            as `tqdm` is, `progress(total=n, unit=...)`, and returns something with `update(k)` and `close()`. False: no bar. There is none
+            under `torch.compile`.
 
     Returns:
         A context manager that yields the options in force.
 
     Raises:
-        ValueError: the algorithm is unknown, `scratch_bytes` is not a positive integer, or `split_batch` not a bool.
+        ValueError: the algorithm is unknown, `scratch_bytes` is not a positive integer, `split_batch` not a bool, or `progress` neither
+            a bool nor callable.
+        ImportError: `progress=True`, and tqdm is not installed.
 
     Example:
         >>> with options(scratch_bytes=2**20) as settings:
@@ -64,14 +78,47 @@ def options(*, conv_algorithm: str | None = None, scratch_bytes: int | None = No
         raise ValueError(f"`scratch_bytes` must be a positive integer; got {scratch_bytes!r}.")
     if split_batch is not None and type(split_batch) is not bool:
         raise ValueError(f"`split_batch` must be a bool; got {split_batch!r}.")
+    if progress is not None and type(progress) is not bool and not callable(progress):
+        raise ValueError(f"`progress` must be a bool, or a function that is called as tqdm is; got {progress!r}.")
     outer = _current.get()
     settings = Options(
         conv_algorithm or outer.conv_algorithm,
         scratch_bytes or outer.scratch_bytes,
         outer.split_batch if split_batch is None else split_batch,
+        outer.progress if progress is None else _bar(progress),
     )
     token = _current.set(settings)
     try:
         yield settings
     finally:
         _current.reset(token)
+
+
+def _bar(progress: bool | Callable[..., Any]) -> Callable[..., Any] | None:
+    """What makes a bar."""
+    if type(progress) is not bool:
+        return progress
+    if not progress:
+        return None
+    try:
+        tqdm: Callable[..., Any] = importlib.import_module("tqdm.auto").tqdm
+    except ImportError as err:
+        raise ImportError(
+            "`options(progress=True)` shows a bar of tqdm's, which is not installed: `pip install tqdm` (or `per_sample[progress]`). Or "
+            "pass a function that makes a bar of your own."
+        ) from err
+    return tqdm
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int], Any]]:
+    """The bar that the options ask for, as a function that is told how many samples more are done; closed with the block."""
+    make = current_options().progress
+    if make is None:
+        yield lambda done: None
+        return
+    bar = make(total=total, unit=" samples")
+    try:
+        yield bar.update
+    finally:
+        bar.close()

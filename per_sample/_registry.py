@@ -42,7 +42,8 @@ def register(op: OpOverload, run: Callable[..., Any], route: str, *, override: b
         raise RuleError(f"A rule is keyed by an op overload such as `torch.ops.aten.mm.default`; got {op!r}.")
     if op in TABLE and not override:
         raise RuleError(f"`{op}` already has the rule `{TABLE[op].run.__qualname__}`; pass `override=True` to replace it.")
-    foreign = not getattr(run, "__module__", "").startswith("per_sample.")
+    # None where it was defined by `exec`.
+    foreign = not (getattr(run, "__module__", None) or "").startswith("per_sample.")
     TABLE[op] = Rule(run, route, foreign)
     for listener in _listeners:
         listener(op)

@@ -18,6 +18,7 @@ from per_sample._caller import Restart
 from per_sample._composites import composites
 from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
 from per_sample._guards import refuse_escaped
+from per_sample._notes import add_note
 from per_sample._surroundings import in_context
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(
         kwargs = trees.map(lambda x: lift(x, None, ctx) if isinstance(x, Tensor) else x, program.kwargs)
         out = _call(ctx, program.fn, trees.unflatten(arguments.spec, inputs), kwargs)
         loss, aux = split_aux(out, program.has_aux)
-        check_output(loss, program.keep_batch_dim, scalar=not program.jacobian)
+        check_output(loss, program.keep_batch_dim or getattr(program.fn, "keep_batch_dim", False), scalar=not program.jacobian)
         if program.jacobian:
             return by_output(loss, targets, ctx), loss, aux
         return differentiate(loss, targets, ctx, reduce), loss, aux
@@ -97,6 +98,7 @@ def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any
             # An index or a matrix of zeros that no sample has.
             raise Restart(ctx, groups=[]) from err
         _raise_typed(err)
+        add_note(err, ctx.n)
         raise
 
 
@@ -199,7 +201,8 @@ def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
     if not has_aux:
         return out, None
     if not isinstance(out, tuple) or len(out) != 2:
-        raise ArgumentError(f"With `has_aux=True`, `fn` must return a pair (loss, aux); it returned {type(out).__name__}.")
+        found = f"a tensor of shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ArgumentError(f"With `has_aux=True`, `fn` must return a pair (loss, aux); it returned {found}.")
     return out
 
 

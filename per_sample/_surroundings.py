@@ -57,7 +57,7 @@ def in_context(
     keeps_caller = differentiates or below_functorch or torch.is_inference_mode_enabled() or depth > 0
     tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
     restores = random_states(tensors) if randomness != "error" and not tracing else []
-    recorded = recorder.copy() if recorder is not None else {}
+    recorded = recorder.copy() if recorder is not None else None
     needs: dict[str, int] = {}
     while True:
         ctx = Context(n, randomness, depth, grad_mode=grad_mode, recorder=recorder, **settings, **needs)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def in_context(
             for restore in restores:
                 restore()
             if recorder is not None:
-                recorder.rows = recorded
+                recorder.begin_again(recorded, tuple(restart.needs) if restart.groups is None else None)
                 recorded = recorder.copy()
             if restart.groups is not None:
                 raise Split(restart.groups) from None

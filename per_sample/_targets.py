@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from per_sample import _arguments
+from per_sample import _arguments, _distributed
 from per_sample._errors import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums, Arguments
+    from per_sample._ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Convention:
     def check(self, fn: Callable[..., Any]) -> None:
         """Raise ``ArgumentError`` for what no call could make right."""
         _arguments.check_options(fn, self.argnums, self.randomness, self.chunk_size)
+        if self.keep_batch_dim and getattr(fn, "keep_batch_dim", False):
+            raise ArgumentError("`fn` gives its module a batch axis itself, as `functional` makes it; leave `keep_batch_dim` out here.")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,14 +47,28 @@ class Targets:
     args: tuple[Any, ...]
     is_tuple: bool
     trees: Any
+    # Where the samples of the whole batch lie, of which ``arguments`` are this rank's.
+    ranks: Ranks | None = None
 
     @classmethod
-    def of(cls, convention: Convention, arguments: Arguments, args: tuple[Any, ...], trees: Any) -> Targets:
+    def of(cls, convention: Convention, arguments: Arguments, args: tuple[Any, ...], trees: Any, ranks: Ranks | None = None) -> Targets:
         """The targets of a call, of which there must be one."""
-        targets = cls(arguments, args, isinstance(convention.argnums, tuple), trees)
+        targets = cls(arguments, args, isinstance(convention.argnums, tuple), trees, ranks)
         if not convention.empty and not targets.leaves:
             raise ArgumentError("`argnums` names no tensor: there is nothing to differentiate.")
         return targets
+
+    @property
+    def n(self) -> int:
+        """The number of samples in the whole batch."""
+        return self.arguments.n if self.ranks is None else self.ranks.n
+
+    def own_rows(self, x: Tensor, name: str) -> Tensor:
+        """The rows of the samples that are here of the caller's tensor ``[n, ...]``; ``name`` is for the message."""
+        if self.ranks is None:
+            _distributed.refuse([x], f"`{name}` is a DTensor, and the batch is not.")
+            return x
+        return self.ranks.own_rows(x, f"`{name}`")
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -115,4 +132,8 @@ class Quantity:
 
     def join(self, parts: list[Any], samples: list[Sequence[int] | None]) -> Any:
         """The results of all runs together."""
+        raise NotImplementedError
+
+    def across(self, result: Any, ranks: Ranks) -> Any:
+        """The results of all ranks together, as DTensors, from this one's."""
         raise NotImplementedError

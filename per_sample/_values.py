@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
 from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import optree
 import torch
 from torch import Tensor
 
@@ -11,6 +16,9 @@ from per_sample._batched import Batched, Context
 from per_sample._caller import Restart
 from per_sample._errors import DataDependentError
 from per_sample._options import current_options
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 def agreed(ctx: Context, rows: Tensor, what: str, *, split: bool = False, number: bool = False) -> Tensor:
@@ -39,14 +47,33 @@ def agreed(ctx: Context, rows: Tensor, what: str, *, split: bool = False, number
         raise Restart(ctx, functions=True)
     if ctx.splits and (split or current_options().split_batch):
         raise Restart(ctx, groups=[[i for i, g in enumerate(groups) if g == k] for k in range(max(groups) + 1)])
-    raise DataDependentError(_message(what, "`per_sample.options(split_batch=True)` allows to run samples of different values apart."))
+    several = (
+        "`with per_sample.options(split_batch=True):` around the call runs samples of different values apart, here in "
+        f"{max(groups) + 1} groups."
+    )
+    raise DataDependentError(_message(what, several))
 
 
 def _message(what: str, hint: str) -> str:
     return (
-        f"{what} asks for the value of a tensor that differs between samples. Use `torch.where` or masks instead of a branch, keep the "
-        f"value as a tensor, or return it with `has_aux=True`. {hint}"
+        f"{what} asks for the value of a tensor that differs between samples{_place()}. Use `torch.where` or masks instead of a branch, "
+        f"keep the value as a tensor, or return it with `has_aux=True`. {hint}"
     )
+
+
+def _place() -> str:
+    """Where the program stands: the innermost line that is neither this library's nor torch's."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if not any(path.is_relative_to(home) for home in _OURS):
+            line = linecache.getline(str(path), frame.f_lineno).strip()
+            return f", in {'/'.join(path.parts[-2:])}, line {frame.f_lineno}" + (f" (`{line}`)" if line else "")
+        frame = frame.f_back
+    return ""
+
+
+_OURS = [Path(package.__file__).parent for package in (torch, optree, sys.modules[__package__]) if package.__file__]
 
 
 def value_of(x: Batched, what: str, *, split: bool = False) -> Tensor:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from per_sample import _distributed, _torch_trees
 from per_sample import _trees as trees
 from per_sample._batches import in_order, rows
 from per_sample._errors import ArgumentError, UnsupportedError
-from per_sample._evaluate import Evaluation, evaluate
+from per_sample._evaluate import Evaluation, evaluate, evaluate_here, prepared, together
 from per_sample._factors import Dense
 from per_sample._kernels.functional import must_be_functional
 from per_sample._surroundings import random_states
@@ -23,6 +25,8 @@ from per_sample.quantities.side_by_side import apart, row, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from per_sample._ranks import Ranks
 
 
 MEMORY = ("fast", "low")
@@ -57,7 +61,7 @@ class Weighed(NamedTuple):
     """Sums and what they were made with."""
 
     sums: list[Tensor]  # one for each leaf
-    norms: list[Tensor]  # [n] for each group, in float64
+    norms: list[Tensor]  # [n] for each group, in float64, of the samples that are here
     evaluation: Evaluation
     targets: Targets
 
@@ -72,9 +76,14 @@ def weighed_sum(
     fn: Any, convention: Convention, bind: Callable[[Targets], Weighing], memory: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Weighed:
     """``sum_n w_n g_n`` with weights that follow from the norms."""
-    traced = torch.compiler.is_dynamo_compiling()
+    traced, ranks = torch.compiler.is_dynamo_compiling(), None
+    if traced and _distributed.seen(_torch_trees.flatten((args, kwargs))[0]):
+        return _untraced(fn, convention, bind, memory, args, kwargs)
     if traced and memory == "low" and convention.randomness != "error":
         raise UnsupportedError("memory='low' runs the function twice with the same random numbers, which torch.compile cannot trace.")
+    if not traced:
+        # Once: ranks that need a second pass and those that do not communicate alike.
+        fn, args, kwargs, ranks = prepared(fn, convention, args, kwargs)
     draws = convention.randomness != "error" and not traced
     restores = random_states([x for x in trees.flatten((args, kwargs))[0] if isinstance(x, Tensor)]) if draws else []
     bound: list[Weighing] = []
@@ -83,16 +92,24 @@ def weighed_sum(
         bound.append(bind(targets))
         return (_Norms if memory == "low" else _NormsAndSums)(bound[0])
 
-    found, targets = evaluate(fn, convention, first, args, kwargs)
+    def evaluated(bind: Callable[[Targets], Quantity]) -> tuple[Evaluation, Targets]:
+        return evaluate(fn, convention, bind, args, kwargs) if traced else evaluate_here(fn, convention, bind, args, kwargs, ranks)[:2]
+
+    found, targets = evaluated(first)
     sums, norms, conditions, lost = found.result
     if sums is None:
         for restore in restores:
             restore()
         weights = bound[0].weigh(norms, conditions, None)
-        sums, lost = evaluate(fn, convention, lambda _: Sums(bound[0], weights), args, kwargs)[0].result
+        sums, lost = evaluated(lambda _: Sums(bound[0], weights))[0].result
     if lost is not None:
         norms = [torch.where(lost, torch.nan, norm) for norm in norms]
+    if ranks is not None:
+        sums, found = ranks.sums(sums), together(found, ranks)
     return Weighed(sums, norms, found, targets)
+
+
+_untraced = _disable_dynamo(weighed_sum)
 
 
 class Sums(Quantity):
@@ -112,6 +129,10 @@ class Sums(Quantity):
     def join(self, parts: list[Any], samples: list[Sequence[int] | None]) -> Any:
         sums = [total(list(pieces)) for pieces in zip(*[own for own, _ in parts], strict=True)]
         return sums, _masks([lost for _, lost in parts], samples, self.weights.groups)
+
+    def across(self, result: Any, ranks: Ranks) -> Any:
+        sums, lost = result
+        return ranks.sums(sums), lost
 
 
 def _rows(x: Any, samples: Sequence[int] | None) -> Any:

@@ -12,24 +12,26 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from per_sample._containers import is_packed
 from per_sample._errors import ModuleCallError
-from per_sample._packed import is_packed
 from per_sample._surroundings import random_states
 from per_sample.transforms import per_sample_grad
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from per_sample._signatures import Forward, P, R
+
 
 def call_for_per_sample_grads(
-    module: nn.Module, *, batch_size: int | None = None, loss_reduction: str = "sum", batch_first: bool = True
-) -> Callable[..., Any]:
+    module: Forward[P, R], *, batch_size: int | None = None, loss_reduction: str = "sum", batch_first: bool = True
+) -> Callable[P, R]:
     """Wrap a module so that ``backward`` fills ``grad_sample`` of its parameters with every sample's gradient.
 
     Nothing of the module is changed. The backward pass runs the module once more, sample by sample in meaning and all at once in fact.
 
     Args:
-        module: the module; each of its parameters that requires grad gets a ``grad_sample [n, *shape]``, and no ``grad``.
+        module: an ``nn.Module``; each of its parameters that requires grad gets a ``grad_sample [n, *shape]``, and no ``grad``.
         batch_size: the number of samples; by default that of all tensor arguments, which must agree about it.
         loss_reduction: ``"sum"``, or ``"mean"`` if the loss is a mean over the batch, which is then undone.
         batch_first: whether the samples stand along the first axis of the arguments, or along the second. The states of recurrent
@@ -50,11 +52,11 @@ def call_for_per_sample_grads(
         >>> model.weight.grad_sample.shape, model.weight.grad
         (torch.Size([5, 3, 4]), None)
     """
-    _check(module, batch_size, loss_reduction)
+    checked = _check(module, batch_size, loss_reduction)
 
     @functools.wraps(module.forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(module, batch_size, 0 if batch_first else 1, args, kwargs)
+        call = _Call(checked, batch_size, 0 if batch_first else 1, args, kwargs)
         results, spec = call.results()
         values = iter(_Backward.apply(call, loss_reduction == "mean", results, *call.trained.values(), *call.tensors()))
         return pytree.tree_unflatten([_filled(x, values) if _is_tensor(x) else x for x in results], spec)
@@ -62,7 +64,7 @@ def call_for_per_sample_grads(
     return wrapper
 
 
-def _check(module: Any, batch_size: Any, loss_reduction: Any) -> None:
+def _check(module: Any, batch_size: Any, loss_reduction: Any) -> nn.Module:
     if loss_reduction not in ("sum", "mean"):
         raise ModuleCallError(f"Expected loss_reduction argument to be sum or mean, got {loss_reduction}")
     if not isinstance(module, nn.Module):
@@ -77,6 +79,7 @@ def _check(module: Any, batch_size: Any, loss_reduction: Any) -> None:
                 "A parameter still has the grad_sample of an earlier call, to which this one would be added. Please clear out the "
                 f"grad_sample parameter of {weight}."
             )
+    return module
 
 
 def _is_tensor(x: Any) -> bool:

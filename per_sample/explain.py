@@ -1,146 +1,158 @@
-"""``explain``: which op took which route, how often, and how long it took."""
+"""``explain``: how a transform runs on one batch, where the time goes, and what would make it faster."""
 
 from __future__ import annotations
 
-import html
+import inspect
 import time
-from collections import Counter
-from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-import optree
+import torch
 from torch import Tensor
 
 from per_sample import _arguments
-from per_sample._batches import outcomes
-from per_sample._packed import opened
-from per_sample._record import Recorder, Row
-from per_sample._run import Program
+from per_sample._errors import ArgumentError
+from per_sample._explanation.advice import advice_on
+from per_sample._explanation.report import Advice, Explanation, Op, Parameter, Question, Run
+from per_sample._record import Recorder, recording
+from per_sample.transforms import ClippedGrad, per_sample_grad
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums, Arguments
-    from per_sample._factors import Factor
+    from per_sample._record import Leaf
+    from per_sample._signatures import P
 
-_MEANING = {
-    "rule": "a rule of the table, for the whole batch at once",
-    "pointwise": "runs as it is on the whole batch",
-    "shared": "no argument differs between samples: runs once",
-    "fallback": "no rule: torch.vmap runs the op for the whole batch; `per_sample.rule` can make it faster",
-    "loop": "no rule, here or in torch.vmap: one call a sample; register a rule with `per_sample.rule`",
-}
-_COLUMNS = ("op", "route", "count", "ms", "share")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The ops of one run, slowest first, and the form each parameter's gradient took."""
-
-    rows: tuple[Row, ...]
-    factors: dict[str, str]
-    seconds: float
-    n: int
-    # More than one where samples of different values had to run apart.
-    runs: int = 1
-
-    def routes(self) -> dict[str, int]:
-        """How many ops took each route."""
-        out: dict[str, int] = {}
-        for row in self.rows:
-            out[row.route] = out.get(row.route, 0) + row.count
-        return out
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        total = sum(row.seconds for row in self.rows) or 1.0
-        return [(row.op, row.route, str(row.count), f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / total:.1f}%") for row in self.rows]
-
-    def _notes(self) -> list[str]:
-        return [f"{route}: {_MEANING[route]}" for route in _MEANING if route in self.routes()]
-
-    def __str__(self) -> str:
-        cells = [_COLUMNS, *self._cells()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(_COLUMNS))]
-        lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        ops = sum(row.count for row in self.rows)
-        held = ", ".join(f"{count} {kind}" for kind, count in Counter(self.factors.values()).items())
-        head = f"{self.n} samples in {self.runs} run(s), {ops} ops, {1e3 * self.seconds:.2f} ms; gradients: {held}"
-        return "\n".join([head, "", *lines, "", *self._notes()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{c}</th>" for c in _COLUMNS)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._cells())
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._notes())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{notes}</ul>"
-
-
-def _names(arguments: Arguments, args: tuple[Any, ...]) -> list[str]:
-    """The path of each differentiated leaf in its argument, with the argument's number where there are several."""
-    names = []
-    for i in sorted(arguments.argnums):
-        prefix = [str(i)] if len(arguments.argnums) > 1 else []
-        for path, leaf in zip(optree.tree_paths(args[i]), optree.tree_leaves(args[i]), strict=True):
-            if isinstance(leaf, Tensor):
-                names.append(".".join([*prefix, *map(str, path)]))
-    return names
+__all__ = ["Advice", "Explanation", "Op", "Parameter", "Question", "Run", "explain"]
 
 
 def explain(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
+    of: Callable[..., Any] = per_sample_grad,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
+    chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Explanation]:
-    """Transform a per-sample loss into a function that reports how ``per_sample_grad`` runs it.
+) -> Callable[P, Explanation]:
+    """Transform a per-sample loss into a function that reports how a transform of it runs, what that costs, and what would help.
 
     Args:
-        fn: as in ``per_sample_grad``, and so are the other arguments.
+        fn: the loss of one sample, as in ``per_sample_grad``; or what a transform made of one, such as
+            ``clipped_grad(loss, max_norm=1.0)``, whose options are then its own.
         argnums: as in ``per_sample_grad``.
         in_dims: as in ``per_sample_grad``.
+        of: the transform of a loss to report on, with what it needs besides the function filled in, such as ``per_sample_grad_norm`` or
+            ``functools.partial(clipped_grad, max_norm=1.0)``.
         has_aux: as in ``per_sample_grad``.
         keep_batch_dim: as in ``per_sample_grad``.
+        chunk_size: as in ``per_sample_grad``.
         randomness: as in ``per_sample_grad``.
 
     Returns:
-        A function of the same arguments. It returns an ``Explanation``: a table of every op that ran, with route, count and time, which
-        prints in a terminal and in a notebook. Times are of one run, so the first call includes warm-up.
+        A function of the same arguments. It runs the transform once, and returns an ``Explanation``: ``parameters``, ``ops`` and
+        ``advice``, which prints in a terminal, in a notebook, and with rich. Times are of that run, so the first call includes warm-up.
 
     Raises:
         ArgumentError: for options that cannot be right.
 
     Example:
         >>> import torch
-        >>> from per_sample import explain
-        >>> report = explain(lambda w, x: (x @ w).square().sum())(torch.ones(3, 2), torch.ones(5, 4, 3))
+        >>> from per_sample import explain, per_sample_grad_norm
+        >>> norms = per_sample_grad_norm(lambda w, x: (x @ w).square().sum())
+        >>> report = explain(norms)(torch.ones(300, 200), torch.ones(5, 4, 300))
         >>> report.n, "fallback" in report.routes()
         (5, False)
+        >>> w = report.parameters[0]
+        >>> w.form, w.held_bytes, w.formed_bytes, w.questions[0].way
+        ('sum of 4 outer products', 40000, 1200000, 'gram')
     """
-    _arguments.check_options(fn, argnums, randomness, None)
+    _arguments.check_options(fn, argnums, randomness, chunk_size)
+    options = {"argnums": argnums, "in_dims": in_dims, "has_aux": has_aux, "keep_batch_dim": keep_batch_dim}
+    options |= {"chunk_size": chunk_size, "randomness": randomness}
+    defaults = {"argnums": 0, "in_dims": None, "has_aux": False, "keep_batch_dim": False, "chunk_size": None, "randomness": "error"}
+    given = {name: value for name, value in options.items() if value is not defaults[name]}
+    if _is_transformed(fn):
+        if given or of is not per_sample_grad:
+            raise ArgumentError("`explain` got what a transform returned, whose options are its own: give it the function alone.")
+        transformed = fn
+    else:
+        _check_transform(of, fn, given)
+        transformed = of(fn, **given)
 
-    def explained(*args: Any, **kwargs: Any) -> Explanation:
+    def explained(*args: P.args, **kwargs: P.kwargs) -> Explanation:
         recorder = Recorder()
-        function, args, kwargs = opened(fn, args, kwargs, argnums)
-        arguments = _arguments.read(args, argnums, in_dims)
-        program = Program(function, kwargs, has_aux, keep_batch_dim, randomness)
         start = time.perf_counter()
-        runs = 0
-        factors: dict[int, str] = {}
-
-        def reduce(number: int, factor: Factor, functional: bool) -> None:
-            factors[number] = type(factor).__name__
-            recorder.materialize(factor, functional)
-
-        for _ in outcomes(program, arguments, None, lambda samples: reduce, recorder):
-            runs += 1
+        with recording(recorder):
+            transformed(*args, **kwargs)
         seconds = time.perf_counter() - start
-        rows = tuple(sorted(recorder.rows.values(), key=lambda row: -row.seconds))
-        named = {name: factors[number] for number, name in enumerate(_names(arguments, args))}
-        return Explanation(rows, named, seconds, arguments.n, runs)
+        if recorder.arguments is None:
+            raise ArgumentError(f"`of` must be a transform of this library's, run outside of torch.compile; {of} was not seen to run any.")
+        return _explanation(recorder, recorder.arguments, seconds)
 
     return explained
+
+
+def _is_transformed(fn: Any) -> bool:
+    """Whether a transform of this library's made the function, which is then no loss of one sample."""
+    return isinstance(fn, ClippedGrad) or (isinstance(fn, FunctionType) and fn.__globals__["__name__"].split(".")[0] == __package__)
+
+
+def _check_transform(of: Any, fn: Any, given: dict[str, Any]) -> None:
+    if not callable(of):
+        raise ArgumentError(f"`of` must be a transform, such as `per_sample_grad_norm`; got {type(of).__name__}.")
+    try:
+        inspect.signature(of).bind(fn, **given)
+    except TypeError as err:
+        called = ", ".join(["the function", *sorted(given)])
+        raise ArgumentError(
+            f"`of` must be a transform that can be called with {called}: {err}. Fill in what it needs, as in "
+            "`functools.partial(clipped_grad, max_norm=1.0)`."
+        ) from err
+
+
+def _explanation(recorder: Recorder, arguments: Arguments, seconds: float) -> Explanation:
+    whole = seconds or 1.0
+    n = arguments.n
+    rows = sorted(recorder.rows.values(), key=lambda row: -row.seconds)
+    ops = tuple(Op(row.op, row.route, row.count, row.seconds, row.seconds / whole) for row in rows)
+    names = _names(arguments)
+    parameters = tuple(_parameter(names[number], leaf, n, whole) for number, leaf in sorted(recorder.leaves.items()))
+    run = Run(
+        recorder.runs,
+        seconds,
+        recorder.lost_seconds,
+        recorder.quantity_seconds,
+        tuple(recorder.splits) if n else (),
+        tuple(recorder.restarts),
+        _is_differentiable(arguments),
+    )
+    return Explanation(ops, parameters, advice_on(ops, parameters, run, list(recorder.formed.values())), n, run)
+
+
+def _parameter(name: str, leaf: Leaf, n: int, seconds: float) -> Parameter:
+    questions = tuple(
+        Question(step.question, step.way, step.count, step.seconds, step.seconds / seconds, step.ways) for step in leaf.steps.values()
+    )
+    # A sample of zeros stands for an empty batch.
+    there = min(1, n)
+    sizes = (leaf.samples * there, leaf.held_bytes * there, leaf.formed_bytes * there)
+    return Parameter(name, leaf.shape, leaf.factor, leaf.form, *sizes, questions)
+
+
+def _names(arguments: Arguments) -> list[str]:
+    """The path of each differentiated leaf in its argument, with the argument's number where there are several."""
+    names = []
+    several = len(arguments.argnums) > 1
+    for path, leaf, diff in zip(arguments.spec.paths(), arguments.leaves, arguments.diff, strict=True):
+        if diff and isinstance(leaf, Tensor):
+            names.append(".".join(map(str, path if several else path[1:])) or f"argument {path[0]}")
+    return names
+
+
+def _is_differentiable(arguments: Arguments) -> bool:
+    """Whether the result carries a graph of autograd's."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments.leaves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,16 @@ def _dot(program: Program) -> Tensor:
     return flat(program) @ real_rows([v[None] for v in towards])[0]
 
 
+def _numbered(program: Program) -> Any:
+    """Another number for every leaf."""
+    leaves, spec = optree.tree_flatten(direction(program))
+    return optree.tree_unflatten(spec, [float(i + 2) for i in range(len(leaves))])
+
+
+def _scaled_dot(g: Tensor, towards: Tensor, scale: float) -> Tensor:
+    return torch.stack([(row * towards.conj()).real.sum() for row in g]) * scale if len(g) else g.new_zeros(0)
+
+
 def _each(leaf: Callable[[Tensor], Tensor]) -> Callable[[Program], Any]:
     return lambda program: optree.tree_map(leaf, program.grads)
 
@@ -112,10 +123,10 @@ def _variance(g: Tensor, correction: int) -> Tensor:
     return torch.stack([(row - g.mean(0)).abs().square() for row in g]).sum(0) / (len(g) - correction)
 
 
-def _noise_scale(program: Program) -> Tensor:
+def _noise_parts(program: Program) -> tuple[Tensor, Tensor]:
     rows = flat(program)
     trace = rows.var(0, correction=1).sum()
-    return trace / (rows.mean(0).square().sum() - trace / len(rows))
+    return trace, rows.mean(0).square().sum() - trace / len(rows)
 
 
 def _others(program: Program) -> tuple[Any, ...]:
@@ -202,7 +213,8 @@ QUANTITIES = [
     ),
     Quantity("variance", lambda p, x, **o: p.grad_variance(x.loss, **o), _each(lambda g: _variance(g, 1))),
     Quantity("variance, uncorrected", lambda p, x, **o: p.grad_variance(x.loss, correction=0, **o), _each(lambda g: _variance(g, 0))),
-    Quantity("noise scale", lambda p, x, **o: p.gradient_noise_scale(x.loss, **o), _noise_scale),
+    Quantity("noise scale", lambda p, x, **o: p.gradient_noise_scale(x.loss, **o), lambda x: operator.truediv(*_noise_parts(x))),
+    Quantity("noise scale in parts", lambda p, x, **o: p.gradient_noise_scale(x.loss, return_parts=True, **o), _noise_parts),
     Quantity("dot", lambda p, x, **o: p.per_sample_grad_dot(x.loss, direction(x), **o), _dot),
     Quantity("gram", lambda p, x, **o: p.grad_gram(x.loss, **o), lambda x: flat(x) @ flat(x).T),
     Quantity("gram with others", lambda p, x, **o: p.grad_gram(x.loss, other=_others(x), **o), _gram_of_others),
@@ -223,6 +235,13 @@ QUANTITIES = [
         "map to a sum",
         lambda p, x, **o: p.per_sample_grad_map(x.loss, lambda g: g.weighted_sum(g.sq_norm()), across="sum", **o),
         _each(lambda g: sum(row.abs().square().sum() * row for row in g)),
+    ),
+    Quantity(
+        "map with trees",
+        lambda p, x, **o: p.per_sample_grad_map(
+            x.loss, lambda g, towards, scale: g.dot(towards) * scale, trees=(direction(x), _numbered(x)), **o
+        ),
+        lambda x: optree.tree_map(_scaled_dot, x.grads, direction(x), _numbered(x)),
     ),
 ]
 BY_NAME = {quantity.name: quantity for quantity in QUANTITIES}

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "per_sample"
+import per_sample
+
+# What is imported, wherever it is installed.
+PACKAGE = Path(per_sample.__file__).parent
 MAX_LINES = 320
 
 # From the bottom up: a module imports from lower layers only, and from its own layer where that makes no cycle. A
 # package stands for all its modules. Imports under TYPE_CHECKING do not count: they do not happen.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_errors", "_conversions", "_keys", "_options", "_out", "_packed", "_skipped", "_trees", "_torch_trees"),
+    ("_errors", "_fsdp", "_conversions", "_keys", "_options", "_out", "_containers", "_signatures", "_skipped", "_trees", "_torch_trees"),
     ("_kernels",),
     ("_factors", "_conv_arguments"),
     ("quantities",),
@@ -23,14 +26,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_entries",),
     ("_interpreter",),
     ("rules", "_surroundings"),
-    ("_backward", "_marks"),
+    ("_backward", "_marks", "_notes"),
     ("_run",),
+    ("_ranks",),
+    ("_distributed",),
     ("_batches", "_targets"),
     ("_compile", "grad", "reference"),
     ("_evaluate",),
     ("_weighing",),
     ("transforms",),
-    ("expanded_weights", "explain", "testing"),
+    ("expanded_weights", "_explanation", "explain", "modules", "testing"),
     ("__init__",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -247,6 +247,31 @@ def test_an_op_that_fails_says_which():
         grads_of(lambda w, x: (w @ x.reshape(1, 3) @ w).sum())
 
 
+def test_an_error_of_torch_has_the_shapes_of_one_sample_below_it():
+    with pytest.raises(RuntimeError, match="invalid for input of size 12") as caught:
+        grads_of(lambda w, x: (w @ x.reshape(1, 5)).sum())
+    (note,) = caught.value.__notes__
+    assert "`aten.view.default` for 4 samples" in note
+    assert note.endswith("shapes [3].")
+
+
+def test_an_error_of_the_function_itself_is_left_as_it_is():
+    with pytest.raises(ZeroDivisionError) as caught:
+        grads_of(lambda w, x: (w @ x).sum() / (0 // 0))
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_out_argument_of_another_shape():
     with pytest.raises(per_sample.UnsupportedError, match=r"`out` has shape \[2\], the result \[3\]"):
         grads_of(lambda w, x: torch.add(x, x, out=torch.zeros(2)).sum() + (w @ x).sum())
+
+
+def test_a_branch_that_samples_take_differently_is_shown_with_its_groups():
+    def branching(w, x):
+        if x.sum() > X[0].sum():
+            return (w @ x).sum()
+        return (w @ x).mean()
+
+    with pytest.raises(per_sample.DataDependentError, match=r"test_errors\.py, line \d+ \(`if x.sum\(\) > X\[0\].sum\(\):`\)") as caught:
+        grads_of(branching, W, X[X.sum(1).argsort()])
+    assert str(caught.value).endswith("here in 2 groups.")

@@ -215,3 +215,29 @@ def test_a_module_and_its_optimizer():
     for name, parameter in net.named_parameters():
         assert sums[name].any()
         assert_close(parameter.detach(), before[name] - 0.1 * sums[name].detach())
+
+
+WITH_LOSSES = {
+    "clipped": lambda p, loss, **o: p.clipped_grad(loss, 0.7, **o),
+    "clipped, low": lambda p, loss, **o: p.clipped_grad(loss, 0.7, memory="low", **o),
+    "clipped, with norms": lambda p, loss, **o: p.clipped_grad(loss, 0.7, return_norms=True, **o),
+    "norm": lambda p, loss, **o: p.per_sample_grad_norm(loss, **o),
+    "norm of leaves": lambda p, loss, **o: p.per_sample_grad_norm(loss, per_leaf=True, **o),
+    "weighted by norm": lambda p, loss, **o: p.weighted_grad(loss, torch.cos, **o),
+    "weighted": lambda p, loss, **o: p.weighted_grad(loss, torch.arange(4.0, dtype=D), **o),
+}
+
+
+@both
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("name", WITH_LOSSES)
+def test_the_losses_stand_before_what_else_is_returned(name, chunk_size, package):
+    def loss(w, x):
+        return (w @ x).sin(), x * 2
+
+    w, x = real(3), real(4, 3)
+    make = WITH_LOSSES[name]
+    plain = make(package, lambda w, x: loss(w, x)[0], chunk_size=chunk_size)(w, x)
+    *found, values, aux = make(package, loss, return_values=True, has_aux=True, chunk_size=chunk_size)(w, x)
+    assert_close(found if isinstance(plain, tuple) else found[0], plain)
+    torch.testing.assert_close([values, aux], [(x @ w).sin(), 2 * x])

@@ -132,6 +132,8 @@ MAKERS = {
     "other that is no tuple": lambda p: p.grad_gram(MLP.loss, other=[MLP.args[1]]),
     "across": lambda p: p.per_sample_grad_map(MLP.loss, lambda g: g.sq_norm(), across="all"),
     "a map that is no function": lambda p: p.per_sample_grad_map(MLP.loss, 3),
+    "trees of another structure": lambda p: p.per_sample_grad_map(MLP.loss, lambda g, t: g.dot(t), trees=({"w": 1},))(*MLP.args),
+    "a tree that is no sequence of trees": lambda p: p.per_sample_grad_map(MLP.loss, lambda g, t: g.dot(t), trees=MLP.params[0]),
 }
 
 

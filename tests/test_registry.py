@@ -164,6 +164,20 @@ def test_assert_matches_reference_fails_where_it_should(table):
         assert_matches_reference(lambda w, x: (w * x).tanh().sum(), W, X)
 
 
+@pytest.mark.parametrize("options", [{}, {"has_aux": True}, {"argnums": (0, 1), "in_dims": (None, 1)}, {"chunk_size": 3}])
+def test_an_op_that_torch_func_cannot_differentiate_is_compared_with_a_loop(table, options):
+    fn = (lambda w, x: (loss(w, x), {"x": x * 2, "name": "n"})) if "has_aux" in options else loss
+    x = X.T.contiguous() if "in_dims" in options else X
+    assert_matches_reference(fn, W, x, **options)
+
+    @rule(SCALE)
+    def scale_rule(x, factor):
+        return x.physical * factor * (1 + 1e-3 * torch.arange(x.n)[:, None])
+
+    with pytest.raises(AssertionError):
+        assert_matches_reference(fn, W, x, **options)
+
+
 def test_a_rule_for_an_op_of_a_linear_layer_is_asked(table):
     """`F.linear` is one op of the library's own only where the library's own rules would have been asked."""
     asked = []
@@ -178,3 +192,10 @@ def test_a_rule_for_an_op_of_a_linear_layer_is_asked(table):
     grads = per_sample.per_sample_grad(lambda p, x: torch.nn.functional.linear(x, *p).sin().sum())((w, b), x)
     assert asked == [(2, 4)]
     assert [tuple(grad.shape) for grad in grads] == [(5, 3, 4), (5, 3)]
+
+
+def test_a_rule_may_come_from_a_namespace_without_a_name(table):
+    space = {"rule": rule, "SCALE": SCALE}
+    exec("@rule(SCALE)\ndef scale_rule(x, factor):\n    return x.physical * factor + 1", space)
+    assert per_sample_grad(lambda w, x: scale(w * x, 3.0).sum(), has_aux=False)(W, X).shape == (4, 3)
+    assert "loop" not in explain(loss)(W, X).routes()

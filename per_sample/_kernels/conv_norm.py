@@ -27,9 +27,15 @@ def conv_norm_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functio
         "gram": by the Gram matrices of the unfolded input and of the output gradient; "pixel_gram": by the Gram matrix of the input's
         pixels, of which the former is a sum over kernel offsets; "pieces": the gradients themselves, of a few samples at a time.
     """
+    costs = conv_norm_costs(x, g, geometry, functional=functional)
+    return min(costs, key=costs.__getitem__)
+
+
+def conv_norm_costs(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional: bool = False) -> dict[str, float]:
+    """What each way that there is costs for one sample, in multiply-adds; infinite where it will not do."""
     sizes = (*x.shape[1:], *g.shape[1:])
     if x.dtype.is_complex or geometry.groups > 1 or not all(type(size) is int for size in sizes) or 0 in sizes:
-        return "pieces"
+        return {"pieces": direct_cost(x.shape[1] * prod(g.shape[3:]), g.shape[2], x.shape[2] // geometry.groups * prod(geometry.kernel))}
     b, c, o, dtype = x.shape[1], x.shape[2], g.shape[2], torch.promote_types(x.dtype, g.dtype)
     taps, locations, pixels = prod(geometry.kernel), b * prod(geometry.locations(x.shape[3:])), b * prod(x.shape[3:])
     side = gram_cost(locations, o, dtype, x.device, functional)
@@ -43,8 +49,7 @@ def conv_norm_algorithm(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functio
     # No way may need much more memory than one gradient, whatever it would save.
     allowed = max(2 * o * c * taps, _SMALL)
     costs = {name: cost if _scratch(x, locations, geometry, name) <= allowed else inf for name, cost in costs.items()}
-    costs["pieces"] = direct_cost(locations, o, c * taps)
-    return min(costs, key=costs.__getitem__)
+    return costs | {"pieces": direct_cost(locations, o, c * taps)}
 
 
 def _picks_pixels(geometry: ConvGeometry) -> bool:
@@ -95,6 +100,15 @@ def conv_sq_norm(x: Tensor, g: Tensor, geometry: ConvGeometry, algorithm: str, *
         grams = input_gram(x_piece.to(dtype), geometry, functional), gram(rows, functional=functional)
         found.append(norm_of_grams(*grams, functional=functional))
     return joined(found)
+
+
+def conv_norm_scratch(x: Tensor, g: Tensor, geometry: ConvGeometry, algorithm: str, functional: bool) -> int:
+    """The bytes that `conv_sq_norm` holds besides operands and result."""
+    dtype = product_dtype(torch.promote_types(x.dtype, g.dtype), x.device, functional)
+    locations = x.shape[1] * prod(geometry.locations(x.shape[3:]))
+    besides = _scratch(x, locations, geometry, algorithm)
+    held = 3 * locations**2 + besides
+    return gram_piece(x.shape[0], locations, dtype.itemsize, x.device, besides) * held * dtype.itemsize
 
 
 def _unfolded_gram(x: Tensor, geometry: ConvGeometry, functional: bool) -> Tensor:

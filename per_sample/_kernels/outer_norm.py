@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from per_sample._kernels.gram_norm import HALF, gram, gram_piece, joined, norm_o
 from per_sample._kernels.squares import square_sums
 
 # The cost of one element of a product beyond its arithmetic, in multiply-adds: writing it, reading it, squaring it.
-_ELEMENT = 8
+ELEMENT = 8
 
 
 def outer_norm_algorithm(left: Tensor, right: Tensor, *, functional: bool = False) -> str:
@@ -21,13 +21,20 @@ def outer_norm_algorithm(left: Tensor, right: Tensor, *, functional: bool = Fals
         "product" of the norms of both sides, for one position; "gram": by the Gram matrices of the positions; "pieces": the products
         themselves, of a few samples at a time.
     """
+    costs = outer_norm_costs(left, right, functional=functional)
+    return min(costs, key=costs.__getitem__)
+
+
+def outer_norm_costs(left: Tensor, right: Tensor, *, functional: bool = False) -> dict[str, float]:
+    """What each way that there is costs for one product, in multiply-adds; of two that cost the same the first is taken."""
     (o, t), i = left.shape[-2:], right.shape[-1]
+    costs = {"pieces": direct_cost(t, o, i)}
     if left.dtype.is_complex or right.dtype.is_complex or not all(type(size) is int for size in (o, t, i)) or 0 in (o, t, i):
-        return "pieces"
+        return costs
     if t == 1:
-        return "product"
+        return {"product": o + i, **costs}
     dtype = torch.promote_types(left.dtype, right.dtype)
-    return "gram" if gram_cost(t, o + i, dtype, left.device, functional) < direct_cost(t, o, i) else "pieces"
+    return costs | {"gram": gram_cost(t, o + i, dtype, left.device, functional)}
 
 
 def gram_cost(t: int, width: int, dtype: torch.dtype, device: torch.device, functional: bool) -> float:
@@ -36,12 +43,12 @@ def gram_cost(t: int, width: int, dtype: torch.dtype, device: torch.device, func
     if functional and products.itemsize <= dtype.itemsize:
         return inf  # nobody could look whether digits were lost
     slowness = 2 if products.itemsize > max(dtype.itemsize, 4) else 1
-    return slowness * t * t * (width + 4 * _ELEMENT)
+    return slowness * t * t * (width + 4 * ELEMENT)
 
 
 def direct_cost(t: int, o: int, i: int) -> float:
     """Multiply-adds for the products themselves."""
-    return (t + _ELEMENT) * o * i
+    return (t + ELEMENT) * o * i
 
 
 def outer_sq_norm(left: Tensor, right: Tensor, algorithm: str, *, functional: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -73,6 +80,15 @@ def _norm_of_product(left: Tensor, right: Tensor, functional: bool) -> tuple[Ten
     # Below the range in which squares keep their digits, those of either side are not to be believed.
     floor = None if functional else 1e10 * torch.finfo(left.dtype).tiny * (squares[0] + squares[1])
     return squares[0] * squares[1], floor
+
+
+def outer_norm_scratch(left: Tensor, right: Tensor, algorithm: str, functional: bool) -> int:
+    """The bytes that `outer_sq_norm` holds besides operands and result."""
+    if algorithm == "product":
+        return 0
+    dtype = product_dtype(torch.promote_types(left.dtype, right.dtype), left.device, functional)
+    t, blocks = left.shape[-1], prod(left.shape[:-2])
+    return gram_piece(blocks, t, dtype.itemsize, left.device) * 3 * t * t * dtype.itemsize
 
 
 def _norm_by_grams(left: Tensor, right: Tensor, functional: bool) -> tuple[Tensor, Tensor | None]:

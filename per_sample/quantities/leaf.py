@@ -42,6 +42,9 @@ class LeafGrads:
         """The number of samples."""
         return count(self.factor)
 
+    def __len__(self) -> int:
+        return self.n
+
     @property
     def shape(self) -> tuple[int, ...]:
         """One sample's shape, that of the leaf."""

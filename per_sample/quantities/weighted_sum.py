@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from per_sample._factors import ConvOuter, Dense, Factor, Hadamard, Outer, Rows, Sum, View, scaled
-from per_sample._kernels.conv_sum import conv_weight_sum
+from per_sample._kernels.conv_sum import conv_sum_algorithm, conv_weight_sum
 from per_sample._kernels.functional import must_be_functional
 from per_sample._kernels.onednn import fast_mm, inner_product
 from per_sample.quantities.precision import operands, real_dtype, widened_pieces
@@ -35,6 +35,22 @@ def weighted_sum(factor: Factor, weights: Tensor | None, *, functional: bool = F
         total = found if total is None else total + found
     assert total is not None
     return total
+
+
+def sum_algorithm(factor: Factor, *, functional: bool = False) -> str:
+    """The name of the way that `weighted_sum` takes for the same gradients, for `explain`.
+
+    "product" is one product of matrices over all samples, "sum" adds up gradients that are formed, "rows" adds rows where they belong; of
+    a convolution see `conv_sum_algorithm`. A parameter that is used in different ways has "terms".
+    """
+    if isinstance(factor, View | Hadamard):
+        return sum_algorithm(factor.base, functional=functional)
+    if isinstance(factor, Sum):
+        kinds = {sum_algorithm(term, functional=functional) for term in factor.terms}
+        return kinds.pop() if len(kinds) == 1 else "terms"
+    if isinstance(factor, ConvOuter) and not factor.x.is_complex():
+        return conv_sum_algorithm(factor.x, factor.g, factor.geometry, functional=functional)
+    return {Dense: "sum", Outer: "product", Rows: "rows", ConvOuter: "plain"}[type(factor)]
 
 
 def _sum(factor: Factor, weights: Tensor | None, functional: bool) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 import torch
 from torch import Tensor
 
 from per_sample import _trees as trees
 from per_sample._errors import ArgumentError, NonFiniteWarning
+from per_sample._signatures import P
 from per_sample.reference.dense import dense_gradients, norms_of, weighted_sums
 from per_sample.reference.sums import check_memory
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from per_sample.reference.dense import Gradients
 
 
-class clipped_grad:
+class clipped_grad(Generic[P]):
     """``per_sample.clipped_grad`` by ``vmap(grad(fn))``, a norm of each row, and a sum over the samples.
 
     Args:
@@ -33,6 +35,7 @@ class clipped_grad:
         automatic: as in ``per_sample.clipped_grad``.
         stability: as in ``per_sample.clipped_grad``.
         return_norms: as in ``per_sample.clipped_grad``.
+        return_values: as in ``per_sample.clipped_grad``.
         memory: as in ``per_sample.clipped_grad``.
         has_aux: as in ``per_sample.clipped_grad``.
         keep_batch_dim: as in ``per_sample.clipped_grad``.
@@ -40,7 +43,8 @@ class clipped_grad:
         randomness: as in ``per_sample.clipped_grad``.
 
     Returns:
-        A callable that returns the sums; after them the norms with ``return_norms``, and the auxiliary values with ``has_aux``.
+        A callable that returns the sums; after them the norms with ``return_norms``, the losses with ``return_values``, and the
+        auxiliary values with ``has_aux``.
 
     Raises:
         ArgumentError: for options that cannot be right.
@@ -55,7 +59,7 @@ class clipped_grad:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[P, Any],
         max_norm: Any,
         argnums: Argnums = 0,
         in_dims: Any = None,
@@ -64,12 +68,14 @@ class clipped_grad:
         automatic: bool = False,
         stability: float = 0.01,
         return_norms: bool = False,
+        return_values: bool = False,
         memory: str = "fast",
         has_aux: bool = False,
         keep_batch_dim: bool = False,
         chunk_size: int | None = None,
         randomness: str = "error",
     ) -> None:
+        functools.update_wrapper(self, fn, updated=())
         check_memory(memory)
         self._bounds, self._spec = trees.flatten(max_norm)
         for bound in self._bounds:
@@ -79,7 +85,7 @@ class clipped_grad:
         if not (_is_number(stability) and 0 < stability < math.inf):
             raise ArgumentError(f"`stability` must be a positive number; got {stability!r}.")
         self._normalize_by, self._automatic, self._stability = normalize_by, automatic, stability
-        self._return_norms, self._has_aux = return_norms, has_aux
+        self._return_norms, self._return_values, self._has_aux = return_norms, return_values, has_aux
         self._gradients = dense_gradients(
             fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
         )
@@ -91,7 +97,11 @@ class clipped_grad:
             raise ArgumentError(f"`relation` must be one of {tuple(factors)}; got {relation!r}.")
         return factors[relation] * math.hypot(*(float(bound) for bound in self._bounds if bound is not None)) / self._normalize_by
 
-    def __call__(self, *args: Any, is_padding: Tensor | None = None, **kwargs: Any) -> Any:
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+    @overload
+    def __call__(self, *args: Any, is_padding: Tensor | None, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, is_padding: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[misc]
         """The sums, and what else was asked for."""
         found = self._gradients(args, kwargs)
         members = self._members(found)
@@ -112,9 +122,7 @@ class clipped_grad:
         if self._return_norms:
             shown = [None if bound is None else torch.where(there, norm, 0) for norm, bound in zip(norms, self._bounds, strict=True)]
             out.append(trees.unflatten(self._spec, shown))
-        if self._has_aux:
-            out.append(found.aux)
-        return tuple(out) if len(out) > 1 else out[0]
+        return found.beside(out, values=self._return_values, aux=self._has_aux)
 
     def _weights(self, norm: Tensor, bound: float) -> Tensor:
         if self._automatic:

@@ -24,6 +24,7 @@ class Gradients:
     """The gradients of one call."""
 
     leaves: list[Tensor]  # [N, *shape] each, in the order of the positional arguments
+    values: Tensor  # [N]
     aux: Any
     arguments: Arguments
     args: tuple[Any, ...]
@@ -32,6 +33,11 @@ class Gradients:
     def as_arguments(self, leaves: list[Any]) -> Any:
         """One result for each leaf in the structure of the differentiated argument."""
         return as_arguments(leaves, self.arguments, self.is_tuple, self.args)
+
+    def beside(self, results: list[Any], *, values: bool, aux: bool) -> Any:
+        """What a transform returns: its results, and behind them the losses and the auxiliary values where they are asked for."""
+        found = [*results, *([self.values] if values else []), *([self.aux] if aux else [])]
+        return tuple(found) if len(found) > 1 else found[0]
 
     def matrix(self, numbers: Iterable[int] | None = None) -> Tensor:
         """The leaves of these numbers, by default all, side by side: ``[N, numbers]``."""
@@ -48,7 +54,8 @@ def dense_gradients(fn: Callable[..., Any], argnums: Argnums, in_dims: Any, *, h
         arguments = read(args, argnums, in_dims)
         parts = dict(zip(arguments.argnums, grads if isinstance(argnums, tuple) else (grads,), strict=True))
         leaves = [g for i in sorted(parts) for g in trees.flatten(parts[i])[0] if isinstance(g, Tensor)]
-        return Gradients(leaves, rest[1] if has_aux else None, arguments, args, isinstance(argnums, tuple))
+        values, aux = rest if has_aux else (rest, None)
+        return Gradients(leaves, values, aux, arguments, args, isinstance(argnums, tuple))
 
     return call
 

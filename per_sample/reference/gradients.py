@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums, Arguments
+    from per_sample._signatures import P
 
 
 def per_sample_grad(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -25,7 +27,7 @@ def per_sample_grad(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.per_sample_grad`` by ``vmap(grad(fn))``.
 
     Args:
@@ -53,6 +55,7 @@ def per_sample_grad(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         grads, values = both(*args, **kwargs)
         return (grads, values[1]) if has_aux else grads
@@ -61,7 +64,7 @@ def per_sample_grad(
 
 
 def per_sample_grad_and_value(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -69,7 +72,7 @@ def per_sample_grad_and_value(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_and_value`` by ``vmap(grad_and_value(fn))``.
 
     Args:
@@ -96,6 +99,7 @@ def per_sample_grad_and_value(
     """
     check_options(fn, argnums, randomness, chunk_size)
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         arguments = read(args, argnums, in_dims)
         structure: list[Any] = []
@@ -112,7 +116,7 @@ def per_sample_grad_and_value(
 
 
 def per_sample_jacobian(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -120,7 +124,7 @@ def per_sample_jacobian(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.per_sample_jacobian`` by ``vmap(jacrev(fn))``.
 
     Args:
@@ -146,6 +150,7 @@ def per_sample_jacobian(
     """
     check_options(fn, argnums, randomness, chunk_size)
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         arguments = read(args, argnums, in_dims)
         structure: list[Any] = []

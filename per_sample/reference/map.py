@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from per_sample._errors import ArgumentError
-from per_sample.reference.dense import dense_gradients, deviations, norms_of, rows, squares, weighted_sums, wide
+from per_sample._trees import flatten
+from per_sample.reference.dense import Gradients, dense_gradients, deviations, norms_of, rows, squares, weighted_sums, wide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._signatures import P
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -95,17 +98,18 @@ class LeafGrads:
 
 
 def per_sample_grad_map(
-    fn: Callable[..., Any],
-    leaf: Callable[[Any], Any],
+    fn: Callable[P, Any],
+    leaf: Callable[..., Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
+    trees: Sequence[Any] = (),
     across: str = "samples",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_map`` by ``vmap(grad(fn))`` and a call for each leaf.
 
     Args:
@@ -113,6 +117,7 @@ def per_sample_grad_map(
         leaf: as in ``per_sample.per_sample_grad_map``.
         argnums: as in ``per_sample.per_sample_grad_map``.
         in_dims: as in ``per_sample.per_sample_grad_map``.
+        trees: as in ``per_sample.per_sample_grad_map``.
         across: as in ``per_sample.per_sample_grad_map``.
         has_aux: as in ``per_sample.per_sample_grad_map``.
         keep_batch_dim: as in ``per_sample.per_sample_grad_map``.
@@ -136,13 +141,26 @@ def per_sample_grad_map(
         raise ArgumentError(f"`leaf` must be callable; got {type(leaf).__name__}.")
     if across not in ("samples", "sum"):
         raise ArgumentError(f"`across` must be 'samples' or 'sum'; got {across!r}.")
+    if not isinstance(trees, (tuple, list)):
+        raise ArgumentError(f"`trees` must be a tuple or a list of trees; got {type(trees).__name__}.")
     gradients = dense_gradients(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
-        results = found.as_arguments([leaf(LeafGrads(g)) for g in found.leaves])
+        columns = [_entries(tree, found) for tree in trees]
+        results = found.as_arguments([leaf(LeafGrads(g), *[column[i] for column in columns]) for i, g in enumerate(found.leaves)])
         return (results, found.aux) if has_aux else results
 
     return transformed
+
+
+def _entries(tree: Any, found: Gradients) -> dict[int, Any]:
+    """A tree's entry for each leaf, by the leaf's number."""
+    numbers, wanted = flatten(found.as_arguments(list(range(len(found.leaves)))))
+    entries, spec = flatten(tree)
+    if spec != wanted:
+        raise ArgumentError(f"`trees` must have the structure of the differentiated argument, {wanted}; got {spec}.")
+    return dict(zip(numbers, entries, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums
+    from per_sample._signatures import P
 
 
 def grad_second_moment(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -23,7 +25,7 @@ def grad_second_moment(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.grad_second_moment`` by ``vmap(grad(fn))`` and the mean of the squares.
 
     Args:
@@ -51,6 +53,7 @@ def grad_second_moment(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         moments = found.as_arguments([squares(g).mean(0) for g in found.leaves])
@@ -60,7 +63,7 @@ def grad_second_moment(
 
 
 def grad_variance(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -69,7 +72,7 @@ def grad_variance(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.grad_variance`` by ``vmap(grad(fn))`` and the variance over the samples.
 
     Args:
@@ -100,6 +103,7 @@ def grad_variance(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         freedom = found.arguments.n - correction
@@ -110,28 +114,30 @@ def grad_variance(
 
 
 def gradient_noise_scale(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
+    return_parts: bool = False,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.gradient_noise_scale`` by ``vmap(grad(fn))``, the mean and the spread around it.
 
     Args:
         fn: as in ``per_sample.gradient_noise_scale``, and so are the other arguments.
         argnums: as in ``per_sample.gradient_noise_scale``.
         in_dims: as in ``per_sample.gradient_noise_scale``.
+        return_parts: as in ``per_sample.gradient_noise_scale``.
         has_aux: as in ``per_sample.gradient_noise_scale``.
         keep_batch_dim: as in ``per_sample.gradient_noise_scale``.
         chunk_size: as in ``per_sample.gradient_noise_scale``.
         randomness: as in ``per_sample.gradient_noise_scale``.
 
     Returns:
-        A function that returns the noise scale, without axes; with ``has_aux`` a pair of that and the auxiliary values.
+        A function that returns the noise scale, without axes, or its two parts; with ``has_aux`` a pair of that and the auxiliary values.
 
     Raises:
         ArgumentError: for options that cannot be right.
@@ -146,11 +152,13 @@ def gradient_noise_scale(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         matrix, n = found.matrix(), found.arguments.n
         trace = deviations(matrix).sum() / (n - 1 if n > 1 else math.nan)
-        scale = trace / (squares(matrix.mean(0)).sum() - trace / max(n, 1))
+        square = squares(matrix.mean(0)).sum() - trace / max(n, 1)
+        scale = (trace, square) if return_parts else trace / square
         return (scale, found.aux) if has_aux else scale
 
     return transformed

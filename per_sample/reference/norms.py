@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from per_sample._errors import ArgumentError
@@ -11,20 +12,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums
+    from per_sample._signatures import P
 
 
 def per_sample_grad_norm(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
     ord: float = 2,
     per_leaf: bool = False,
+    return_values: bool = False,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_norm`` by ``vmap(grad(fn))`` and a norm of each row.
 
     Args:
@@ -33,13 +36,14 @@ def per_sample_grad_norm(
         in_dims: as in ``per_sample.per_sample_grad_norm``.
         ord: as in ``per_sample.per_sample_grad_norm``.
         per_leaf: as in ``per_sample.per_sample_grad_norm``.
+        return_values: as in ``per_sample.per_sample_grad_norm``.
         has_aux: as in ``per_sample.per_sample_grad_norm``.
         keep_batch_dim: as in ``per_sample.per_sample_grad_norm``.
         chunk_size: as in ``per_sample.per_sample_grad_norm``.
         randomness: as in ``per_sample.per_sample_grad_norm``.
 
     Returns:
-        A function that returns the norms ``[N]``, or a pytree of them; with ``has_aux`` a pair of them and the auxiliary values.
+        A function that returns the norms ``[N]``, or a pytree of them; with ``return_values`` and ``has_aux`` a tuple.
 
     Raises:
         ArgumentError: for options that cannot be right.
@@ -56,9 +60,10 @@ def per_sample_grad_norm(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         norms: Any = found.as_arguments([norms_of(rows(g), ord) for g in found.leaves]) if per_leaf else norms_of(found.matrix(), ord)
-        return (norms, found.aux) if has_aux else norms
+        return found.beside([norms], values=return_values, aux=has_aux)
 
     return transformed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums
+    from per_sample._signatures import P
 
 
 def per_sample_grad_dot(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     direction: Any,
     argnums: Argnums = 0,
     in_dims: Any = None,
@@ -28,7 +30,7 @@ def per_sample_grad_dot(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_dot`` by ``vmap(grad(fn))`` and a product of each row with the direction.
 
     Args:
@@ -58,6 +60,7 @@ def per_sample_grad_dot(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         towards = _checked(direction, found)
@@ -68,7 +71,7 @@ def per_sample_grad_dot(
 
 
 def grad_gram(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -77,7 +80,7 @@ def grad_gram(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.grad_gram`` by ``vmap(grad(fn))`` and one matrix product.
 
     Args:
@@ -109,6 +112,7 @@ def grad_gram(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         left = found.matrix()
@@ -125,7 +129,7 @@ def grad_gram(
 
 
 def projected_grad(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     projector: Any,
     argnums: Argnums = 0,
     in_dims: Any = None,
@@ -134,7 +138,7 @@ def projected_grad(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.projected_grad`` by ``vmap(grad(fn))`` and a product with each leaf's random matrix.
 
     Args:
@@ -167,6 +171,7 @@ def projected_grad(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         parts = [LeafGrads(g).project(projector, i) for i, g in enumerate(found.leaves)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,20 +14,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums
+    from per_sample._signatures import P
 
 
 def weighted_grad(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     weights: Tensor | Callable[[Tensor], Tensor],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
+    return_values: bool = False,
     memory: str = "fast",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """``per_sample.weighted_grad`` by ``vmap(grad(fn))`` and a sum over the samples.
 
     Args:
@@ -34,6 +37,7 @@ def weighted_grad(
         weights: as in ``per_sample.weighted_grad``.
         argnums: as in ``per_sample.weighted_grad``.
         in_dims: as in ``per_sample.weighted_grad``.
+        return_values: as in ``per_sample.weighted_grad``.
         memory: as in ``per_sample.weighted_grad``.
         has_aux: as in ``per_sample.weighted_grad``.
         keep_batch_dim: as in ``per_sample.weighted_grad``.
@@ -41,7 +45,7 @@ def weighted_grad(
         randomness: as in ``per_sample.weighted_grad``.
 
     Returns:
-        A function that returns the sums, with ``has_aux`` a pair of them and the auxiliary values.
+        A function that returns the sums; with ``return_values`` and ``has_aux`` a tuple.
 
     Raises:
         ArgumentError: for options that cannot be right.
@@ -58,6 +62,7 @@ def weighted_grad(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )
 
+    @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = gradients(args, kwargs)
         given = weights(norms_of(found.matrix())) if callable(weights) else weights
@@ -65,7 +70,7 @@ def weighted_grad(
             shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ArgumentError(f"`weights` must be one real number for each sample, a tensor of shape [{found.arguments.n}]; got {shape}.")
         sums = found.as_arguments(weighted_sums(found.leaves, given))
-        return (sums, found.aux) if has_aux else sums
+        return found.beside([sums], values=return_values, aux=has_aux)
 
     return transformed
 

@@ -28,7 +28,7 @@ def _refuse() -> NoReturn:
     raise BatchNormError(
         "Batch normalisation in training mode (or instance normalisation with running statistics) takes its statistics from the batch "
         "and updates the running ones, so it mixes samples and no sample has a gradient of its own. Call `.eval()` on the module, or "
-        "use `torch.nn.GroupNorm` (or `track_running_stats=False`, which normalises each sample by itself)."
+        "use `torch.nn.GroupNorm`, or instance norm without running statistics, which normalise each sample by itself."
     )
 
 

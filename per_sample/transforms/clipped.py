@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from per_sample import _distributed
 from per_sample import _trees as trees
 from per_sample._batches import rows
 from per_sample._errors import ArgumentError, NonFiniteWarning
 from per_sample._kernels.functional import must_be_functional
+from per_sample._signatures import P
 from per_sample._targets import Convention, Targets
 from per_sample._weighing import Weighed, Weighing, Weights, check_memory, weighed_sum
 from per_sample.quantities.combined import widest
@@ -41,7 +43,7 @@ _RELATIONS = {"add_or_remove_one": 1.0, "replace_one": 2.0}
 
 
 def clipped_grad(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     max_norm: Any,
     argnums: Argnums = 0,
     in_dims: Any = None,
@@ -50,19 +52,20 @@ def clipped_grad(
     automatic: bool = False,
     stability: float = 0.01,
     return_norms: bool = False,
+    return_values: bool = False,
     memory: str = "fast",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> ClippedGrad:
+) -> ClippedGrad[P]:
     """Transform the loss of one sample into a function that returns the sum of the samples' clipped gradients, from one backward pass.
 
     Each sample's gradient ``g`` counts as ``min(1, max_norm / |g|) * g``, so that no sample moves the sum by more than ``max_norm``. A
     sample whose gradient is not finite, or has a norm beyond the range of its precision, is left out, with a ``NonFiniteWarning`` (the
     derivative of the sum is then not a number). A sample whose gradient is so much smaller than the parts it is a sum of that rounding
     could carry it beyond the bound is formed, and weighed by the norm that it has then. Without noise the sum is not private; see the
-    README's limits.
+    limits in the documentation.
 
     Args:
         fn: as in ``per_sample_grad``.
@@ -74,6 +77,7 @@ def clipped_grad(
         automatic: scale every gradient to about the bound, ``max_norm / (|g| + stability) * g``, instead of clipping those that exceed it.
         stability: see ``automatic``.
         return_norms: also return the norms before clipping.
+        return_values: also return every sample's loss.
         memory: ``"fast"``: one pass, which holds both sides of each weight's gradients until the norms are known; ``"low"``: two passes,
             which hold hardly more than a plain batched gradient, for the same numbers.
         has_aux: as in ``per_sample_grad``.
@@ -83,9 +87,9 @@ def clipped_grad(
 
     Returns:
         A ``ClippedGrad``: a function of the same arguments, and of ``is_padding [n]`` (True for samples that are not there). It returns
-        the sum in the structure of the differentiated argument, in float32 for parameters in half precision; with ``return_norms`` and
-        ``has_aux`` a tuple ``(sum, norms, aux)`` of what is asked for. The norms are ``[n]``, in the structure of ``max_norm``; that of
-        padding is 0. Its ``sensitivity()`` says how far one sample can move the sum.
+        the sum in the structure of the differentiated argument, in float32 for parameters in half precision; or a tuple
+        ``(sum, norms, values, aux)`` of what is asked for. The norms are ``[n]``, in the structure of ``max_norm``; that of padding is 0.
+        The values are ``[n]``, of padding too. Its ``sensitivity()`` says how far one sample can move the sum.
 
     Raises:
         ArgumentError: for options that cannot be right, or a ``max_norm`` that is no prefix of the differentiated argument.
@@ -110,7 +114,7 @@ def clipped_grad(
             raise ArgumentError(f"`{name}` must be a positive number; got {number!r}.")
     for bound in trees.flatten(max_norm)[0]:
         _check_bound(bound, automatic)
-    return ClippedGrad(fn, convention, max_norm, normalize_by, stability if automatic else None, return_norms, memory)
+    return ClippedGrad(fn, convention, max_norm, normalize_by, stability if automatic else None, return_norms, return_values, memory)
 
 
 def _check_bound(bound: Any, automatic: bool) -> None:
@@ -126,26 +130,29 @@ def _check_bound(bound: Any, automatic: bool) -> None:
         raise ArgumentError("`max_norm` must be finite where every gradient is scaled to it (`automatic`).")
 
 
-class ClippedGrad:
+class ClippedGrad(Generic[P]):
     """What ``clipped_grad`` returns: a function, and how far one sample can move its result."""
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[P, Any],
         convention: Convention,
         max_norm: Any,
         normalize_by: float,
         stability: float | None,
         return_norms: bool,
+        return_values: bool,
         memory: str,
     ) -> None:
-        functools.update_wrapper(self, fn)
+        # Without the function's `__dict__`: the compiler of torch 2.11 cannot write into one, and it may hold names of ours.
+        functools.update_wrapper(self, fn, updated=())
         self._fn = fn
         self._convention = convention
         self._max_norm = max_norm
         self._normalize_by = normalize_by
         self._stability = stability
         self._return_norms = return_norms
+        self._return_values = return_values
         self._memory = memory
 
     def sensitivity(self, relation: str = "add_or_remove_one") -> float:
@@ -171,7 +178,12 @@ class ClippedGrad:
         bounds = [float(bound) for bound in trees.flatten(self._max_norm)[0] if bound is not None]
         return _RELATIONS[relation] * math.hypot(*bounds) / self._normalize_by
 
-    def __call__(self, *args: Any, is_padding: Tensor | None = None, **kwargs: Any) -> Any:
+    # That a call takes what the function takes, and one name more, cannot be said: with `is_padding` the other arguments are unchecked.
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+    @overload
+    def __call__(self, *args: Any, is_padding: Tensor | None, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, is_padding: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[misc]
         """The clipped sum of one batch; see ``clipped_grad``."""
         spec: list[Any] = []
 
@@ -180,23 +192,25 @@ class ClippedGrad:
             if any(bounds[group] is None for group in groups):
                 raise ArgumentError("`max_norm` is None for a parameter that is differentiated.")
             spec.append(structure)
-            padding = None if is_padding is None else _checked_padding(is_padding, targets.arguments.n)
+            if targets.ranks is not None:
+                bounds = _distributed.whole(bounds)
+            else:
+                _distributed.refuse(bounds, "`max_norm` is a DTensor, and the batch is not.")
+            padding = None if is_padding is None else targets.own_rows(_checked_padding(is_padding, targets.n), "is_padding")
             spec.append(bounds)
+            spec.append(padding)
             weigh = functools.partial(self._weigh, bounds, padding, _ROUNDING[narrowest(targets)])
             return Weighing(groups, len(bounds), weigh, lambda group, norm: self._weight(norm, bounds[group]))
 
         weighed = weighed_sum(self._fn, self._convention, bind, self._memory, args, kwargs)
         targets = weighed.targets
-        grads = targets.structured([x / self._normalize_by if self._normalize_by != 1 else x for x in weighed.sums])
-        out = [grads]
-        norms = self._norms(weighed, is_padding)
+        out = [targets.structured([x / self._normalize_by if self._normalize_by != 1 else x for x in weighed.sums])]
+        structure, bounds, padding = spec
+        norms = self._norms(weighed, padding)
         if self._return_norms:
-            structure, bounds = spec
             shown = [None if bound is None else norm for norm, bound in zip(norms, bounds, strict=True)]
             out.append(targets.trees.unflatten(structure, shown))
-        if self._convention.has_aux:
-            out.append(weighed.evaluation.aux)
-        return tuple(out) if len(out) > 1 else grads
+        return weighed.evaluation.beside(out, values=self._return_values, aux=self._convention.has_aux)
 
     def _weigh(
         self,
@@ -238,9 +252,9 @@ class ClippedGrad:
         within = norm <= bound
         return torch.where(within, 1, bound / torch.where(within, 1, norm))
 
-    def _norms(self, weighed: Weighed, is_padding: Tensor | None) -> list[Tensor]:
+    def _norms(self, weighed: Weighed, padding: Tensor | None) -> list[Tensor]:
         """The norms as they are returned, those of padding zero; a warning where some are not finite."""
-        norms = weighed.norms if is_padding is None else [torch.where(is_padding, 0, norm) for norm in weighed.norms]
+        norms = weighed.norms if padding is None else [torch.where(padding, 0, norm) for norm in weighed.norms]
         if not must_be_functional(*norms):
             bad = int((~torch.stack(norms).isfinite()).any(0).sum())
             if bad:
@@ -250,7 +264,8 @@ class ClippedGrad:
                     stacklevel=3,
                 )
         dtype = widest([real_dtype(leaf.dtype) for leaf in weighed.targets.leaves])
-        return [norm.to(dtype) for norm in norms]
+        ranks = weighed.targets.ranks
+        return [norm.to(dtype) if ranks is None else ranks.rows(norm.to(dtype)) for norm in norms]
 
 
 def narrowest(targets: Targets) -> torch.dtype:

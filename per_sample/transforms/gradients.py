@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._ranks import Ranks
+    from per_sample._signatures import P, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
 def per_sample_grad(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -30,7 +32,7 @@ def per_sample_grad(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """Transform the loss of one sample into a function that returns every sample's gradient.
 
     Equal, leaf for leaf, to ``torch.func.vmap(torch.func.grad(fn, argnums), in_dims)``, at about the price of one batched gradient.
@@ -42,7 +44,7 @@ def per_sample_grad(
             default axis 0 of every tensor that is not differentiated. Keyword arguments are always shared.
         has_aux: ``fn`` returns ``(loss, aux)``.
         keep_batch_dim: ``fn`` sees each sample with a leading axis of size 1, so that a module that expects a batch can be called.
-        chunk_size: at most that many samples at once; the result is the same.
+        chunk_size: at most that many samples at once; the result is the same, but for what random numbers are drawn.
         randomness: ``"error"``, ``"different"`` (each sample its own numbers) or ``"same"``, as in ``torch.vmap``.
 
     Returns:
@@ -74,6 +76,14 @@ def per_sample_grad(
     return transformed
 
 
+@overload
+def per_sample_grad_and_value(
+    fn: Callable[P, Any], argnums: Argnums = ..., in_dims: Any = ..., *, has_aux: Literal[False] = ..., **options: Unpack[RunOptions]
+) -> Callable[P, tuple[Any, Tensor]]: ...
+@overload
+def per_sample_grad_and_value(
+    fn: Callable[P, Any], argnums: Argnums = ..., in_dims: Any = ..., *, has_aux: bool = ..., **options: Unpack[RunOptions]
+) -> Callable[P, tuple[Any, Any]]: ...
 def per_sample_grad_and_value(
     fn: Callable[..., Any],
     argnums: Argnums = 0,
@@ -134,6 +144,9 @@ class _Gradients(Quantity):
 
     def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
         return [in_order(list(pieces), samples) for pieces in zip(*parts, strict=True)]
+
+    def across(self, result: list[Tensor], ranks: Ranks) -> list[Tensor]:
+        return [ranks.rows(x) for x in result]
 
 
 def _separated(leaves: list[Tensor], inputs: list[Any]) -> list[Tensor]:

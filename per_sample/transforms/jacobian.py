@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._ranks import Ranks
+    from per_sample._signatures import P
     from per_sample.quantities.leaf import LeafGrads
 
 
 def per_sample_jacobian(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -27,7 +30,7 @@ def per_sample_jacobian(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """Transform a function of one sample with several outputs into one that returns every sample's Jacobian.
 
     Equal, leaf for leaf, to ``torch.func.vmap(torch.func.jacrev(fn, argnums), in_dims)``. The function runs once, forward, and one
@@ -60,9 +63,9 @@ def per_sample_jacobian(
 
     def finish(found: Evaluation, targets: Targets) -> Any:
         sizes = [(*found.values.shape, *shape) for shape in targets.shapes]
-        if found.values[:1].numel() == 0 and found.values.shape[0]:
+        if prod(found.values.shape[1:]) == 0 and found.values.shape[0]:
             # There is no output, and nothing was differentiated.
-            leaves = [leaf.detach().new_zeros(size) for leaf, size in zip(targets.leaves, sizes, strict=True)]
+            leaves = [found.values.new_zeros(size, dtype=leaf.dtype) for leaf, size in zip(targets.leaves, sizes, strict=True)]
         else:
             leaves = [x.reshape(size) for x, size in zip(found.result, sizes, strict=True)]
         jacobian = targets.structured(leaves)
@@ -79,3 +82,7 @@ class _Jacobian(Quantity):
 
     def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
         return [in_order(list(pieces), samples) for pieces in zip(*parts, strict=True)]
+
+    def across(self, result: list[Tensor], ranks: Ranks) -> list[Tensor]:
+        # Where there is no output there are no rows.
+        return [x if x.dim() == 1 else ranks.rows(x) for x in result]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from torch import Tensor
 
@@ -16,17 +16,43 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._ranks import Ranks
+    from per_sample._signatures import P, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 ACROSS = ("samples", "sum")
 
 
+@overload
+def per_sample_grad_map(
+    fn: Callable[P, Any],
+    leaf: Callable[[LeafGrads], Tensor],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    across: str = ...,
+    has_aux: bool = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Any]: ...
+@overload
+def per_sample_grad_map(
+    fn: Callable[P, Any],
+    leaf: Callable[..., Tensor],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    trees: Sequence[Any],
+    across: str = ...,
+    has_aux: bool = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Any]: ...
 def per_sample_grad_map(
     fn: Callable[..., Any],
-    leaf: Callable[[LeafGrads], Tensor],
+    leaf: Callable[..., Tensor],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
+    trees: Sequence[Any] = (),
     across: str = "samples",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
@@ -39,9 +65,11 @@ def per_sample_grad_map(
         fn: as in ``per_sample_grad``.
         leaf: called with a ``LeafGrads`` for each leaf, as soon as the leaf's gradient is complete; returns a tensor. Its methods
             (``sq_norm``, ``weighted_sum``, ``dot``, ``gram``, ...) take the cheapest way for each leaf; ``materialize()`` gives the
-            gradients ``[n, *shape]``.
+            gradients ``[n, *shape]``. With ``trees`` it is called ``leaf(grads, *entries)``.
         argnums: as in ``per_sample_grad``.
         in_dims: as in ``per_sample_grad``.
+        trees: further trees of the structure of the differentiated argument, such as directions, masks or names: ``leaf`` gets each
+            one's entry for its leaf, as ``tree_map`` does it.
         across: what becomes of the results of chunks: ``"samples"``: they have a row for each sample, and are concatenated; ``"sum"``:
             they are added.
         has_aux: as in ``per_sample_grad``.
@@ -54,7 +82,7 @@ def per_sample_grad_map(
         ``has_aux`` a pair ``(results, aux)``.
 
     Raises:
-        ArgumentError: for options that cannot be right, or a result of ``leaf`` that is no tensor.
+        ArgumentError: for options that cannot be right, a tree of another structure, or a result of ``leaf`` that is no tensor.
 
     Example:
         >>> import torch
@@ -67,27 +95,34 @@ def per_sample_grad_map(
         raise ArgumentError(f"`across` must be one of {ACROSS}; got {across!r}.")
     if not callable(leaf):
         raise ArgumentError(f"`leaf` must be callable; got {type(leaf).__name__}.")
+    if not isinstance(trees, (tuple, list)):
+        raise ArgumentError(f"`trees` must be a tuple or a list of trees; got {type(trees).__name__}.")
     convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness, empty=True)
+
+    def bind(targets: Targets) -> _Mapped:
+        columns = [targets.flat(tree, f"trees[{i}]") for i, tree in enumerate(trees)]
+        return _Mapped(leaf, [[column[number] for column in columns] for number in range(len(targets.leaves))], across)
 
     def finish(found: Evaluation, targets: Targets) -> Any:
         results = targets.structured(found.result)
         return (results, found.aux) if has_aux else results
 
-    return transform(fn, convention, lambda _: _Mapped(leaf, across), finish)
+    return transform(fn, convention, bind, finish)
 
 
 class _Mapped(Quantity):
     """A user's function of each leaf's gradients."""
 
-    def __init__(self, of_leaf: Callable[[LeafGrads], Tensor], across: str) -> None:
+    def __init__(self, of_leaf: Callable[..., Tensor], entries: list[list[Any]], across: str) -> None:
         self.of_leaf = of_leaf
-        self.across = across
+        self.entries = entries
+        self.by_sample = across == "samples"
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Tensor:
-        found = self.of_leaf(grads)
+        found = self.of_leaf(grads, *self.entries[number])
         if not isinstance(found, Tensor):
             raise ArgumentError(f"`leaf` must return a tensor; it returned {type(found).__name__}.")
-        if self.across == "samples" and (found.dim() == 0 or found.shape[0] != grads.n):
+        if self.by_sample and (found.dim() == 0 or found.shape[0] != grads.n):
             raise ArgumentError(
                 f"`leaf` must return a row for each of the {grads.n} samples; got {list(found.shape)}. Or set `across='sum'`."
             )
@@ -95,4 +130,7 @@ class _Mapped(Quantity):
 
     def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
         columns = [list(pieces) for pieces in zip(*parts, strict=True)]
-        return [in_order(pieces, samples) if self.across == "samples" else total(pieces) for pieces in columns]
+        return [in_order(pieces, samples) if self.by_sample else total(pieces) for pieces in columns]
+
+    def across(self, result: list[Tensor], ranks: Ranks) -> list[Any]:
+        return [ranks.rows(x) for x in result] if self.by_sample else ranks.sums(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +19,35 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._ranks import Ranks
+    from per_sample._signatures import P, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
+@overload
+def per_sample_grad_norm(
+    fn: Callable[P, Any],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    ord: float = ...,
+    per_leaf: Literal[False] = ...,
+    return_values: Literal[False] = ...,
+    has_aux: Literal[False] = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Tensor]: ...
+@overload
+def per_sample_grad_norm(
+    fn: Callable[P, Any],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    ord: float = ...,
+    per_leaf: bool = ...,
+    return_values: bool = ...,
+    has_aux: bool = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Any]: ...
 def per_sample_grad_norm(
     fn: Callable[..., Any],
     argnums: Argnums = 0,
@@ -29,6 +55,7 @@ def per_sample_grad_norm(
     *,
     ord: float = 2,
     per_leaf: bool = False,
+    return_values: bool = False,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
@@ -42,6 +69,7 @@ def per_sample_grad_norm(
         in_dims: as in ``per_sample_grad``.
         ord: the order of the vector norm, a positive number or ``math.inf``.
         per_leaf: a norm for each leaf instead.
+        return_values: also return every sample's loss.
         has_aux: as in ``per_sample_grad``.
         keep_batch_dim: as in ``per_sample_grad``.
         chunk_size: as in ``per_sample_grad``.
@@ -49,8 +77,8 @@ def per_sample_grad_norm(
 
     Returns:
         A function of the same arguments that returns the norms ``[n]``, or with ``per_leaf`` the structure of the differentiated argument
-        with norms ``[n]``, in float32 for parameters in half precision; with ``has_aux`` a pair ``(norms, aux)``. The norm of a gradient
-        that is not finite is not finite, unless it would be if float32 could hold what it is made of.
+        with norms ``[n]``, in float32 for parameters in half precision; or a tuple ``(norms, values, aux)`` of what is asked for. The
+        norm of a gradient that is not finite is not finite, unless it would be if float32 could hold what it is made of.
 
     Raises:
         ArgumentError: for options that cannot be right.
@@ -70,7 +98,7 @@ def per_sample_grad_norm(
 
     def finish(found: Evaluation, targets: Targets) -> Any:
         norms = targets.structured(found.result) if per_leaf else found.result[0]
-        return (norms, found.aux) if has_aux else norms
+        return found.beside([norms], values=return_values, aux=has_aux)
 
     return transform(fn, convention, lambda targets: _Norms(targets, float(ord), per_leaf), finish)
 
@@ -99,3 +127,6 @@ class _Norms(Quantity):
 
     def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
         return [in_order(list(pieces), samples) for pieces in zip(*parts, strict=True)]
+
+    def across(self, result: list[Tensor], ranks: Ranks) -> list[Tensor]:
+        return [ranks.rows(x) for x in result]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +19,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._ranks import Ranks
+    from per_sample._signatures import P, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
+@overload
+def projected_grad(
+    fn: Callable[P, Any],
+    projector: Projector,
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    has_aux: Literal[False] = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Tensor]: ...
+@overload
+def projected_grad(
+    fn: Callable[P, Any],
+    projector: Projector,
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    has_aux: bool = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Any]: ...
 def projected_grad(
     fn: Callable[..., Any],
     projector: Projector,
@@ -111,3 +133,6 @@ class _Projections(Quantity):
 
     def join(self, parts: list[Tensor], samples: list[Sequence[int] | None]) -> Tensor:
         return in_order(parts, samples)
+
+    def across(self, result: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.rows(result)

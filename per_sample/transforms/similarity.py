@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from per_sample import _distributed, _torch_trees
 from per_sample._batches import in_order
+from per_sample._containers import opened
 from per_sample._errors import ArgumentError, UnsupportedError
-from per_sample._evaluate import Evaluation, evaluate, transform
+from per_sample._evaluate import Evaluation, evaluate, evaluate_here, prepared, together, transform
 from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.combined import total
 
@@ -18,9 +21,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._ranks import Ranks
+    from per_sample._signatures import P, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
+@overload
+def per_sample_grad_dot(
+    fn: Callable[P, Any],
+    direction: Any,
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    has_aux: Literal[False] = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Tensor]: ...
+@overload
+def per_sample_grad_dot(
+    fn: Callable[P, Any], direction: Any, argnums: Argnums = ..., in_dims: Any = ..., *, has_aux: bool = ..., **options: Unpack[RunOptions]
+) -> Callable[P, Any]: ...
 def per_sample_grad_dot(
     fn: Callable[..., Any],
     direction: Any,
@@ -73,6 +92,10 @@ class _Dot(Quantity):
 
     def __init__(self, targets: Targets, direction: Any) -> None:
         self.directions = targets.flat(direction, "direction")
+        if targets.ranks is not None:
+            self.directions = _distributed.whole(self.directions)
+        else:
+            _distributed.refuse(self.directions, "`direction` has DTensors, and the batch does not.")
         for x, shape, leaf in zip(self.directions, targets.shapes, targets.leaves, strict=True):
             if not isinstance(x, Tensor) or tuple(x.shape) != shape:
                 found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -89,7 +112,30 @@ class _Dot(Quantity):
     def join(self, parts: list[Tensor], samples: list[Sequence[int] | None]) -> Tensor:
         return in_order(parts, samples)
 
+    def across(self, result: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.rows(result)
 
+
+@overload
+def grad_gram(
+    fn: Callable[P, Any],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    other: tuple[Any, ...] | None = ...,
+    has_aux: Literal[False] = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Tensor]: ...
+@overload
+def grad_gram(
+    fn: Callable[P, Any],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    other: tuple[Any, ...] | None = ...,
+    has_aux: bool = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Any]: ...
 def grad_gram(
     fn: Callable[..., Any],
     argnums: Argnums = 0,
@@ -144,6 +190,11 @@ def grad_gram(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and (other is not None or chunk_size is not None):
             raise UnsupportedError("`grad_gram` with `other` or `chunk_size` cannot be compiled; compile the function around it.")
+        traced = torch.compiler.is_dynamo_compiling()
+        if not traced or _distributed.seen(_torch_trees.flatten((args, kwargs))[0]):
+            rows = (_untraced if traced else _rows_here)(fn, convention, other, args, kwargs)
+            if rows is not None:
+                return (rows.result, rows.aux) if has_aux else rows.result
         if other is None:
             found, _ = evaluate(fn, convention, lambda _: _Gram(), args, kwargs)
             gram = found.result
@@ -154,6 +205,27 @@ def grad_gram(
         return (gram, found.aux) if has_aux else gram
 
     return transformed
+
+
+def _rows_here(
+    fn: Callable[..., Any], convention: Convention, other: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Evaluation | None:
+    """Of a batch on several ranks: each has the rows of its samples, for which it runs the samples of all; else None."""
+    function, here, shared, ranks = prepared(fn, convention, args, kwargs)
+    if ranks is None:
+        return None
+    if convention.randomness != "error":
+        raise UnsupportedError("`grad_gram` of DTensors runs a sample on every rank, where it would not draw the same random numbers.")
+    found, targets, _ = evaluate_here(function, convention, lambda _: _Held(), here, shared, ranks)
+    ranks.check_count()
+    second = args if other is None else _with_others(args, other, targets)
+    function, second, shared = opened(_distributed.with_whole_state(fn), second, kwargs, convention.argnums)
+    second, shared = _distributed.gathered(convention, second, shared)
+    columns = evaluate_here(function, convention, lambda _: _Against(found.result), second, shared, None)[0]
+    return together(found, ranks)._replace(result=ranks.rows(columns.result))
+
+
+_untraced = _disable_dynamo(_rows_here)
 
 
 def _with_others(args: tuple[Any, ...], other: tuple[Any, ...], targets: Targets) -> tuple[Any, ...]:

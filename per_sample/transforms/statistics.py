@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._ranks import Ranks
+    from per_sample._signatures import P, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
 def grad_second_moment(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -29,7 +31,7 @@ def grad_second_moment(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """Transform the loss of one sample into a function that returns the mean over samples of the squared gradient, element by element.
 
     Of a log-likelihood it is the diagonal of the empirical Fisher information.
@@ -60,7 +62,7 @@ def grad_second_moment(
     convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness)
 
     def finish(found: Evaluation, targets: Targets) -> Any:
-        moment = targets.structured([x / targets.arguments.n for x in found.result])
+        moment = targets.structured([x / targets.n for x in found.result])
         return (moment, found.aux) if has_aux else moment
 
     return transform(fn, convention, lambda _: _SquareSum(), finish)
@@ -75,9 +77,12 @@ class _SquareSum(Quantity):
     def join(self, parts: list[list[Tensor]], samples: list[Sequence[int] | None]) -> list[Tensor]:
         return [total(list(pieces)) for pieces in zip(*parts, strict=True)]
 
+    def across(self, result: list[Tensor], ranks: Ranks) -> Any:
+        return ranks.sums(result, counted=True)
+
 
 def grad_variance(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
@@ -86,7 +91,7 @@ def grad_variance(
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """Transform the loss of one sample into a function that returns the variance of the gradient over samples, element by element.
 
     Args:
@@ -116,7 +121,7 @@ def grad_variance(
     convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness)
 
     def finish(found: Evaluation, targets: Targets) -> Any:
-        freedom = max(0, targets.arguments.n - correction)
+        freedom = max(0, targets.n - correction)
         variance = targets.structured([spread / freedom if freedom else spread * torch.nan for _, spread in found.result])
         return (variance, found.aux) if has_aux else variance
 
@@ -128,11 +133,32 @@ def _check_correction(correction: float) -> None:
         raise ArgumentError(f"`correction` must be a number; got {correction!r}.")
 
 
+@overload
+def gradient_noise_scale(
+    fn: Callable[P, Any],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    return_parts: Literal[False] = ...,
+    has_aux: Literal[False] = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Tensor]: ...
+@overload
+def gradient_noise_scale(
+    fn: Callable[P, Any],
+    argnums: Argnums = ...,
+    in_dims: Any = ...,
+    *,
+    return_parts: bool = ...,
+    has_aux: bool = ...,
+    **options: Unpack[RunOptions],
+) -> Callable[P, Any]: ...
 def gradient_noise_scale(
     fn: Callable[..., Any],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
+    return_parts: bool = False,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
@@ -147,6 +173,7 @@ def gradient_noise_scale(
         fn: as in ``per_sample_grad``, and so are the other arguments.
         argnums: as in ``per_sample_grad``; the scale is that of all differentiated leaves together.
         in_dims: as in ``per_sample_grad``.
+        return_parts: return the two estimates instead, which can be averaged over batches; the scale is their quotient.
         has_aux: as in ``per_sample_grad``.
         keep_batch_dim: as in ``per_sample_grad``.
         chunk_size: as in ``per_sample_grad``.
@@ -155,7 +182,7 @@ def gradient_noise_scale(
     Returns:
         A function of the same arguments that returns the scale in samples, 0-dim; NaN for fewer than two samples. Where the batch is so
         small that the estimate of the squared norm is negative, so is the scale: then take more samples, or average the two estimates over
-        batches. With ``has_aux`` a pair ``(scale, aux)``.
+        batches. With ``return_parts`` a pair ``(trace, square)`` in its place, both 0-dim. With ``has_aux`` a pair ``(scale, aux)``.
 
     Raises:
         ArgumentError: for options that cannot be right.
@@ -172,12 +199,16 @@ def gradient_noise_scale(
     convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness)
 
     def finish(found: Evaluation, targets: Targets) -> Any:
-        n = targets.arguments.n
+        n = targets.n
         trace = total([spread.sum() for _, spread in found.result]) / (n - 1 if n > 1 else torch.nan)
         square = total([mean.abs().square().sum() for mean, _ in found.result]) - trace / max(n, 1)
-        return (trace / square, found.aux) if has_aux else trace / square
+        parts: tuple[Tensor, ...] = (trace, square) if return_parts else (trace / square,)
+        if targets.ranks is not None:
+            parts = tuple(map(targets.ranks.same, parts))
+        scale = parts if return_parts else parts[0]
+        return (scale, found.aux) if has_aux else scale
 
-    return transform(fn, convention, _Moments, finish)
+    return transform(fn, convention, _WholeMoments, finish)
 
 
 class _Moments(Quantity):
@@ -199,3 +230,17 @@ class _Moments(Quantity):
                 seen += count
             out.append(whole)
         return out
+
+    def across(self, result: list[tuple[Tensor, Tensor]], ranks: Ranks) -> list[tuple[Tensor, Any]]:
+        moments = ranks.moments(result)
+        spreads = ranks.sums([spread for _, spread in moments])
+        return [(mean, spread) for (mean, _), spread in zip(moments, spreads, strict=True)]
+
+
+class _WholeMoments(_Moments):
+    """The same, whole on every rank."""
+
+    def across(self, result: list[tuple[Tensor, Tensor]], ranks: Ranks) -> list[tuple[Tensor, Any]]:
+        moments = ranks.moments(result)
+        spreads = ranks.totals([spread for _, spread in moments])
+        return [(mean, spread) for (mean, _), spread in zip(moments, spreads, strict=True)]

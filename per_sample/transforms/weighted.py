@@ -18,20 +18,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
+    from per_sample._signatures import P
 
 
 def weighted_grad(
-    fn: Callable[..., Any],
+    fn: Callable[P, Any],
     weights: Tensor | Callable[[Tensor], Tensor],
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
+    return_values: bool = False,
     memory: str = "fast",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
     randomness: str = "error",
-) -> Callable[..., Any]:
+) -> Callable[P, Any]:
     """Transform the loss of one sample into a function that returns a weighted sum of the samples' gradients, from one backward pass.
 
     Args:
@@ -40,6 +42,7 @@ def weighted_grad(
             times a gradient that is not finite is not a number; see ``clipped_grad`` for sums that leave such samples out.
         argnums: as in ``per_sample_grad``.
         in_dims: as in ``per_sample_grad``.
+        return_values: also return every sample's loss.
         memory: ``"fast"``: one pass, which holds both sides of each weight's gradients until the norms are known; ``"low"``: two passes,
             which hold hardly more than a plain batched gradient, for the same numbers. It matters where ``weights`` is a function.
         has_aux: as in ``per_sample_grad``.
@@ -49,7 +52,7 @@ def weighted_grad(
 
     Returns:
         A function of the same arguments that returns ``sum_n weights[n] * grad[n]`` in the structure of the differentiated argument, in
-        float32 for parameters in half precision; with ``has_aux`` a pair ``(sum, aux)``.
+        float32 for parameters in half precision; or a tuple ``(sum, values, aux)`` of what is asked for.
 
     Raises:
         ArgumentError: for options that cannot be right, or weights of another shape.
@@ -70,17 +73,17 @@ def weighted_grad(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         if isinstance(weights, Tensor):
             found, targets = evaluate(fn, convention, lambda targets: _given(weights, targets), args, kwargs)
-            (sums, _), aux = found.result, found.aux
+            sums, _ = found.result
         else:
-            sums, _, (_, _, aux), targets = weighed_sum(fn, convention, lambda targets: _of_norms(weights, targets), memory, args, kwargs)
-        grads = targets.structured(sums)
-        return (grads, aux) if has_aux else grads
+            sums, _, found, targets = weighed_sum(fn, convention, lambda targets: _of_norms(weights, targets), memory, args, kwargs)
+        return found.beside([targets.structured(sums)], values=return_values, aux=has_aux)
 
     return transformed
 
 
 def _given(weights: Tensor, targets: Targets) -> Sums:
-    _check_weights(weights, targets.arguments.n)
+    _check_weights(weights, targets.n)
+    weights = targets.own_rows(weights, "weights")
     return Sums(_one_group(targets, lambda norms, conditions, samples: Weights([weights])), Weights([weights]))
 
 
@@ -98,8 +101,10 @@ def _of_norms(weights: Callable[[Tensor], Tensor], targets: Targets) -> Weighing
     dtype = widest([real_dtype(leaf.dtype) for leaf in targets.leaves])
 
     def weigh(norms: list[Tensor], conditions: list[Tensor], samples: Sequence[int] | None) -> Weights:
-        found = weights(norms[0].to(dtype))
-        _check_weights(found, norms[0].shape[0])
-        return Weights([found])
+        # Of the samples on all ranks, whatever part of them is here.
+        all_norms = norms[0] if targets.ranks is None else targets.ranks.gathered(norms[0])
+        found = weights(all_norms.to(dtype))
+        _check_weights(found, all_norms.shape[0])
+        return Weights([targets.own_rows(found, "weights")])
 
     return _one_group(targets, weigh)

@@ -1,0 +1,113 @@
+"""Arguments that optree does not open: packed sequences, Hugging Face's dicts, and what only torch's own pytrees know.
+
+They are opened outside, so that each sample gets its part, and the function inside sees what the caller passed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
+
+from per_sample._errors import ArgumentError
+
+
+class Padded(NamedTuple):
+    """A packed sequence opened: ``value [n, t, *]`` and ``lengths [n]``, in the order of the batch."""
+
+    value: Tensor
+    lengths: Tensor
+
+
+class Opened(NamedTuple):
+    """Another container: what it holds, and how it is made of that."""
+
+    parts: Any
+    rebuild: Callable[[Any], Any]
+
+
+def opened(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The function and its arguments, without such containers."""
+    numbers = {i % len(args) for i in (argnums if isinstance(argnums, tuple) else (argnums,)) if args}
+    holds = [_holds(a) for a in args]
+    if not any(holds) and not (kwargs and _holds(kwargs)):
+        return fn, args, kwargs
+    for i in numbers:
+        if holds[i]:
+            raise ArgumentError(
+                f"Argument {i} is differentiated and holds a {holds[i]}. {_CURES.get(holds[i], 'Pass a plain dict instead.')}"
+            )
+
+    @functools.wraps(fn)
+    def closing(*args: Any, **kwargs: Any) -> Any:
+        inner = _close([args, kwargs])
+        return fn(*inner[0], **inner[1])
+
+    outer = _open([args, kwargs])
+    return closing, *outer
+
+
+_CURES = {"PackedSequence": "Pass the padded tensor and the lengths instead, and pack inside the function."}
+
+
+def is_packed(x: Any) -> bool:
+    return type(x) is PackedSequence
+
+
+def _is_container(x: Any) -> bool:
+    kind = type(x)
+    if kind is Tensor:
+        return False
+    # A type that both know is optree's business.
+    return is_packed(x) or isinstance(x, UserDict) or (isinstance(x, dict) and kind in pytree.SUPPORTED_NODES and _is_leaf(x))
+
+
+def _is_leaf(x: Any) -> bool:
+    return bool(optree.tree_is_leaf(x, none_is_leaf=True))
+
+
+def _holds(tree: Any) -> str:
+    """The name of the first such container's type; empty if there is none."""
+    if type(tree) is Tensor:
+        return ""
+    return next((type(x).__name__ for x in optree.tree_leaves(tree, is_leaf=_is_container) if _is_container(x)), "")
+
+
+def _open(tree: Any) -> Any:
+    return optree.tree_map(_opened, tree, is_leaf=_is_container, none_is_leaf=True)
+
+
+def _opened(x: Any) -> Any:
+    if not _is_container(x):
+        return x
+    if is_packed(x):
+        return Padded(*pad_packed_sequence(x, batch_first=True))
+    if isinstance(x, UserDict):
+        return Opened(_open(dict(x.data)), type(x))
+    parts, spec = pytree.tree_flatten(x)
+    return Opened(_open(parts), functools.partial(pytree.tree_unflatten, treespec=spec))
+
+
+def _close(tree: Any) -> Any:
+    return optree.tree_map(_closed, tree, is_leaf=_is_opened, none_is_leaf=True)
+
+
+def _is_opened(x: Any) -> bool:
+    return type(x) in (Padded, Opened)
+
+
+def _closed(x: Any) -> Any:
+    if type(x) is Opened:
+        return x.rebuild(_close(x.parts))
+    if type(x) is not Padded:
+        return x
+    value, lengths = (x.value, x.lengths) if x.lengths.dim() else (x.value.unsqueeze(0), x.lengths.unsqueeze(0))
+    return pack_padded_sequence(value, lengths, batch_first=True, enforce_sorted=False)

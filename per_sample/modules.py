@@ -1,0 +1,317 @@
+"""From the module one has: a pure function of its parameters for one sample, and the way back into the module."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError
+from per_sample._fsdp import hooks_off, resharded
+from per_sample._ranks import is_distributed
+
+
+def functional(
+    module: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    forward: Callable[..., Any] | None = None,
+    has_aux: bool = False,
+    keep_batch_dim: bool = True,
+) -> ModuleFunction:
+    """Turn a module and a loss into a pure function ``loss(params, *inputs, target)`` of one sample, for the transforms to take.
+
+    Args:
+        module: any module. It is borrowed, not copied: the function runs it in the mode (``train()``, ``eval()``) and with the buffers and
+            frozen parameters that it has when it is called.
+        loss_fn: ``loss_fn(output, target)``, such as ``F.cross_entropy`` or ``nn.MSELoss()``; the target is the function's last argument.
+            None: there is no target; what the module returns is the loss, or has it as ``.loss``, as models of Hugging Face do.
+        forward: how the module is called, ``forward(module, *inputs)``; by default ``module(*inputs)``, and ``module(**inputs)`` for a
+            single dict. Without a ``loss_fn`` it returns the loss.
+        has_aux: the function returns ``(loss, aux)``, for transforms with ``has_aux``: with a ``loss_fn`` ``aux`` is the module's output;
+            without one ``forward`` returns the pair. The axis of a batch of one is taken off its tensors.
+        keep_batch_dim: the module sees one sample as a batch of one, ``[1, *shape]``, and so does ``loss_fn``. False: it is written for a
+            sample without that axis.
+
+    Returns:
+        A ``ModuleFunction``. Its ``params`` are the trainable parameters by name, as the transforms differentiate them.
+
+    Raises:
+        ArgumentError: for arguments that cannot be right. The function itself raises BatchNormError where a batch norm layer would
+            normalise over the batch.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import functional, per_sample_grad
+        >>> loss = functional(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy)
+        >>> grads = per_sample_grad(loss)(loss.params, torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        >>> {name: tuple(g.shape) for name, g in grads.items()}
+        {'weight': (5, 2, 3), 'bias': (5, 2)}
+
+    Source:
+        ``torch.func.functional_call``.
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"`module` must be an nn.Module; got {type(module).__name__}.")
+    for name, own in (("loss_fn", loss_fn), ("forward", forward)):
+        if own is not None and not callable(own):
+            raise ArgumentError(f"`{name}` must be callable or None; got {type(own).__name__}.")
+    return ModuleFunction(module, loss_fn, forward or _forward, has_aux, keep_batch_dim, {})
+
+
+class ModuleFunction:
+    """What ``functional`` returns: the loss of one sample as a function of a module's parameters, and these parameters."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        forward: Callable[..., Any],
+        has_aux: bool,
+        keep_batch_dim: bool,
+        bound: dict[str, Tensor],
+    ) -> None:
+        self.module = module
+        self._loss_fn = loss_fn
+        self._forward = forward
+        self._has_aux = has_aux
+        self.keep_batch_dim = keep_batch_dim
+        self._bound = bound
+        self._call = _Call(module, forward)
+        self._batch_norms = [(name, m) for name, m in module.named_modules() if isinstance(m, _BatchNorm)]
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The trainable parameters by name, detached: those that require grad. They share the module's memory, so that what an optimizer
+        writes into the module shows in them; nothing here writes into them."""
+        return {name: _detached(name, p) for name, p in self._named() if p.requires_grad and name not in self._bound}
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters by name that do not require grad, or are bound: they are held fixed."""
+        return {name: self._bound.get(name, p.detach()) for name, p in self._named() if name in self._bound or not p.requires_grad}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers by name, all samples' own."""
+        return {name: self._bound.get(name, b) for name, b in self.module.named_buffers()}
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> ModuleFunction:
+        """Hold some parameters or buffers fixed at other values.
+
+        Args:
+            tensors: by name, as in ``params``, ``frozen`` and ``buffers``; the module keeps its own.
+
+        Returns:
+            A function whose ``params`` lack what is bound.
+
+        Raises:
+            ArgumentError: for a name that the module does not have, or another shape.
+
+        Example:
+            >>> import torch
+            >>> from per_sample import functional, per_sample_grad
+            >>> loss = functional(torch.nn.Linear(3, 1), torch.nn.functional.mse_loss).bind({"bias": torch.ones(1)})
+            >>> list(loss.params), loss.frozen
+            (['weight'], {'bias': tensor([1.])})
+        """
+        _check_shapes(tensors, _state(self.module), "tensors")
+        return ModuleFunction(self.module, self._loss_fn, self._forward, self._has_aux, self.keep_batch_dim, {**self._bound, **tensors})
+
+    def __call__(self, params: Mapping[str, Tensor], *batch: Any) -> Any:
+        """The loss of one sample, with ``has_aux`` a pair; ``batch`` is the inputs, and last the target where there is a ``loss_fn``."""
+        self._check_names(params)
+        if self._loss_fn is not None and len(batch) < 2:
+            raise ArgumentError(
+                f"The function takes (params, *inputs, target), since it has a `loss_fn`; it got {len(batch)} after params."
+            )
+        if self.keep_batch_dim:
+            self._check_batch_norms()
+            batch = tuple(_batch_of_one(part) for part in batch)
+        inputs = batch if self._loss_fn is None else batch[:-1]
+        tensors = {f"module.{name}": x for name, x in {**self._bound, **params}.items()}
+        with hooks_off(self.module):
+            output = functional_call(self._call, tensors, inputs)
+        if self._loss_fn is not None:
+            loss, aux = self._loss_fn(output, batch[-1]), output
+        elif self._has_aux:
+            loss, aux = _pair(output)
+        else:
+            loss, aux = _own_loss(output), None
+        if self.keep_batch_dim:
+            loss = loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else _without_batch(loss)
+            aux = _without_batch(aux)
+        return (loss, aux) if self._has_aux else loss
+
+    def gathered(self) -> ModuleFunction:
+        """The function with all that it holds fixed whole on every rank, where it is sharded over them."""
+        found = {name: x for name, x in {**self.frozen, **self.buffers}.items() if is_distributed(x)}
+        return self.bind({name: x.full_tensor() for name, x in found.items()}) if found else self  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"ModuleFunction({type(self.module).__name__}, {len(self.params)} parameters)"
+
+    def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return resharded(self.module).named_parameters()
+
+    def _check_batch_norms(self) -> None:
+        """Refuse what would normalise each sample by itself here, and all of a batch together where the module is used otherwise."""
+        found = [name for name, m in self._batch_norms if m.training or m.running_mean is None]
+        if found:
+            raise BatchNormError(
+                f"{len(found)} batch norm layer(s), such as {found[0]!r}, would normalise over the batch, which mixes samples: there is no "
+                "per-sample gradient. Put them in eval mode, or use group, layer or instance norm instead."
+            )
+
+    def _check_names(self, params: Any) -> None:
+        if not isinstance(params, Mapping):
+            raise ArgumentError(f"The first argument is the parameters by name, such as `loss.params`; got {type(params).__name__}.")
+        # A function mode around the transform's caller would show the parameters in a form of its own.
+        with torch._C.DisableTorchFunction():
+            own = {name for name, p in self._named() if p.requires_grad and name not in self._bound}
+        if params.keys() != own:
+            missing, unknown = sorted(own - params.keys()), sorted(params.keys() - own)
+            raise ArgumentError(
+                f"The parameters are not those of the function's `params`: missing {missing}, not among them {unknown}. To hold some "
+                "fixed, use `bind`, or `requires_grad_(False)` on the module."
+            )
+
+
+class _Call(nn.Module):
+    """What is run with other parameters in place of the module's: the module, in the caller's way."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.run = forward
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(self.module, *inputs)
+
+
+def _forward(module: nn.Module, *inputs: Any) -> Any:
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return module(**inputs[0])
+    return module(*inputs)
+
+
+def _own_loss(output: Any) -> Any:
+    """The loss that a module has computed itself."""
+    if isinstance(output, Tensor):
+        return output
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ArgumentError(
+            f"What was to be the loss is a {type(output).__name__} without one: give `functional` a `loss_fn(output, target)`, or the "
+            "module its labels. With `has_aux=True`, a `forward` may return (loss, aux)."
+        )
+    return loss
+
+
+def _pair(output: Any) -> tuple[Any, Any]:
+    """The loss and the rest of what a module or a ``forward`` has returned."""
+    if isinstance(output, Mapping) or hasattr(output, "loss"):
+        return _own_loss(output), dict(output) if isinstance(output, Mapping) else vars(output)
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise ArgumentError(
+            f"With `has_aux=True` and no `loss_fn`, `forward` must return a pair (loss, aux); it returned {type(output).__name__}."
+        )
+    return output
+
+
+def _without_batch(tree: Any) -> Any:
+    """The tensors of a tree without the axis of a batch of one."""
+    return pytree.tree_map(lambda x: x.squeeze(0) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x, tree)
+
+
+def _batch_of_one(tree: Any) -> Any:
+    """Every tensor with a leading axis of size 1; a packed sequence of one has its own."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, UserDict):
+            return type(x)({name: _batch_of_one(part) for name, part in x.items()})
+        return x.unsqueeze(0) if isinstance(x, Tensor) else x
+
+    return pytree.tree_map(one, tree, is_leaf=lambda x: type(x) is PackedSequence)
+
+
+def _detached(name: str, param: Tensor) -> Tensor:
+    if is_lazy(param):
+        raise UnsupportedError(f"The parameter {name!r} is not initialised; run the module once first.")
+    return param.detach()
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(resharded(module).named_parameters()), **dict(module.named_buffers())}
+
+
+def _check_shapes(tensors: Any, own: Mapping[str, Tensor], what: str) -> None:
+    """Raise ``ArgumentError`` unless every name is one of the module's, with a tensor of its shape."""
+    if not isinstance(tensors, Mapping):
+        raise ArgumentError(f"`{what}` must be a dict by the module's names; got {type(tensors).__name__}.")
+    unknown = sorted(tensors.keys() - own.keys())
+    if unknown:
+        raise ArgumentError(f"`{what}` names {unknown}, which the module does not have.")
+    for name, x in tensors.items():
+        found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if found != list(own[name].shape):
+            hint = " Sum or average over the samples first." if found[1:] == list(own[name].shape) else ""
+            raise ArgumentError(f"`{what}[{name!r}]` must have the shape {list(own[name].shape)}; got {found}.{hint}")
+
+
+def load_back(module: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Write parameters (or buffers) into a module.
+
+    Args:
+        module: what ``functional`` was made from, or a module with the same names.
+        params: tensors by name, in the module's shapes; names that are left out keep their values.
+
+    Raises:
+        ArgumentError: for a name that the module does not have, or another shape; then nothing is written.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import functional, load_back
+        >>> model = torch.nn.Linear(2, 1)
+        >>> load_back(model, {"bias": torch.tensor([3.0])})
+        >>> model.bias.item()
+        3.0
+    """
+    own = _state(module)
+    _check_shapes(params, own, "params")
+    with torch.no_grad():
+        for name, x in params.items():
+            own[name].copy_(x)
+
+
+def set_grads(module: nn.Module, grads: Mapping[str, Tensor]) -> None:
+    """Put gradients into a module's ``.grad``, where an optimizer of ``torch.optim`` looks for them.
+
+    Args:
+        module: what ``functional`` was made from, or a module with the same names.
+        grads: tensors by name, in the parameters' shapes: a sum or mean over samples. They replace what ``.grad`` holds.
+
+    Raises:
+        ArgumentError: for a name that is no parameter of the module, or another shape; then nothing is set.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import clipped_grad, functional, set_grads
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss = functional(model, torch.nn.functional.mse_loss)
+        >>> set_grads(model, clipped_grad(loss, max_norm=1.0)(loss.params, torch.randn(4, 2), torch.randn(4, 1)))
+        >>> model.weight.grad.shape
+        torch.Size([1, 2])
+    """
+    own = dict(resharded(module).named_parameters())
+    _check_shapes(grads, own, "grads")
+    for name, x in grads.items():
+        own[name].grad = x.detach().to(own[name].dtype)
