@@ -18,13 +18,12 @@ BASELINES = ("plain", "write")
 
 
 def summary(found: dict[str, Any]) -> str:
-    """For each quantity the best of the peers beside this library, relative to the plain batched gradient; then memory."""
+    """For each quantity the best of the peers beside this library, relative to the plain batched gradient: time, then memory."""
     lines = []
     by_quantity = _by_quantity(found["results"])
-    for quantity, results in by_quantity.items():
-        lines += [heading(f"{quantity}: time"), "", *_times(results), ""]
-    if any("memory" in r["ratios"] for r in found["results"]):
-        lines += [heading("peak memory"), "", *_memory(by_quantity), ""]
+    for title, ratio in (("time", "plain"), ("peak memory", "memory")):
+        if any(ratio in r["ratios"] for r in found["results"] if r["method"] != "plain"):
+            lines += [heading(title), "", *_beside_peers(by_quantity, ratio), ""]
     if found.get("fits"):
         lines += [heading(largest_title(found["fits"])), "", *largest(found["fits"]), ""]
     return "\n".join([*lines, measured(found)])
@@ -88,23 +87,7 @@ def heading(title: str) -> str:
     return f"**{title[0].upper()}{title[1:]}**"
 
 
-def _times(results: Results) -> list[str]:
-    def best(compiled: bool) -> Column:
-        return lambda rows: _best([r for r in rows if _is_peer(r, compiled) and r["method"] != "vmap"], "plain", with_name=True)
-
-    columns = {
-        "write": _of("write", "plain"),
-        "vmap": _of("vmap", "plain"),
-        "best other peer": best(False),
-        "ours": _of("ours", "plain"),
-        "ours-low": _of("ours-low", "plain"),
-        "best compiled peer": best(True),
-        "ours-compiled": _of("ours-compiled", "plain"),
-    }
-    return _columns(results, columns)
-
-
-def _memory(by_quantity: dict[str, Results]) -> list[str]:
+def _beside_peers(by_quantity: dict[str, Results], ratio: str) -> list[str]:
     columns: dict[str, Column] = {}
     for quantity in by_quantity:
 
@@ -112,9 +95,8 @@ def _memory(by_quantity: dict[str, Results]) -> list[str]:
             return lambda rows: column([r for r in rows if r["quantity"] == quantity])
 
         columns |= {
-            f"{quantity}: best peer": within(lambda rows: _best([r for r in rows if _is_peer(r, compiled=False)], "memory")),
-            f"{quantity}: ours": within(_of("ours", "memory")),
-            f"{quantity}: ours-low": within(_of("ours-low", "memory")),
+            f"{quantity}: best peer": within(lambda rows: _best([r for r in rows if _is_peer(r)], ratio)),
+            f"{quantity}: ours": within(_of("ours", ratio)),
         }
     return _columns([r for results in by_quantity.values() for r in results], columns)
 
@@ -132,16 +114,16 @@ def _of(method: str, ratio: str) -> Column:
     return lambda rows: next((_ratio(r, ratio) for r in rows if r["method"] == method), "-")
 
 
-def _is_peer(result: dict[str, Any], compiled: bool) -> bool:
-    return not result["method"].startswith("ours") and result["method"] not in BASELINES and result.get("compiled", False) is compiled
+def _is_peer(result: dict[str, Any]) -> bool:
+    return not result["method"].startswith("ours") and result["method"] not in BASELINES and not result.get("compiled", False)
 
 
-def _best(results: Results, ratio: str, *, with_name: bool = False) -> str:
-    """The smallest."""
+def _best(results: Results, ratio: str) -> str:
+    """The smallest, and whose it is."""
     known = [r for r in results if r["status"] == "ok" and ratio in r["ratios"]]
     if known:
         first = min(known, key=lambda r: r["ratios"][ratio])
-        return _ratio(first, ratio) + (f" {first['method']}" if with_name else "")
+        return f"{_ratio(first, ratio)} {first['method']}"
     return "failed" if any(r["status"] in ("failed", "wrong") for r in results) else "-"
 
 

@@ -74,15 +74,13 @@ FOUND: dict[str, Any] = {
 def test_the_readme_shows_the_best_peer_beside_ours() -> None:
     lines = summary(FOUND).splitlines()
     assert [line for line in lines if line.startswith("**")] == [
-        "**Norms: time**",
-        "**Clipped: time**",
+        "**Time**",
         "**Peak memory**",
         "**Clipped: the largest batch in 8 GiB**",
     ]
     assert [line for line in lines if line.startswith("| a")] == [
-        "| a (2) | 2.00 book-keeping | 1.25 | 1.50 jax | 0.50 |",
-        "| a (2) | failed | 2.00 |",
-        "| a (2) | 3.00 | 1.50 | failed |",
+        "| a (2) | 2.00 book-keeping | 1.25 | failed | 2.00 |",
+        "| a (2) | 3.00 backpack | 1.50 | failed |",
         "| a | 7 | failed |",
     ]
 
