@@ -22,9 +22,10 @@ from per_sample._errors import (
 )
 from per_sample._options import options
 from per_sample._registry import rule
+from per_sample._write_back import load_back, set_grads
 from per_sample.expanded_weights import call_for_per_sample_grads
 from per_sample.explain import Explanation, explain
-from per_sample.modules import ModuleFunction, functional, load_back, set_grads
+from per_sample.modules import ModuleFunction, functional
 from per_sample.quantities.leaf import LeafGrads
 from per_sample.quantities.projectors import (
     FactoredProjector,

@@ -172,7 +172,10 @@ def _check_differentiable(leaf: Any, i: int) -> None:
 def _batch_size(leaves: list[Any], dims: list[int | None], owner: list[int]) -> int:
     sizes = [(i, leaf.shape[dim]) for leaf, dim, i in zip(leaves, dims, owner, strict=True) if dim is not None]
     if not sizes:
-        raise BatchSizeError("No argument is batched: at least one tensor needs a sample axis (see `in_dims`).")
+        raise BatchSizeError(
+            "No argument is batched: at least one tensor needs a sample axis (see `in_dims`). What differs between samples goes by "
+            "position, a dict of inputs as one argument: keyword arguments are shared by all samples."
+        )
     n = sizes[0][1]
     if any(size != n for _, size in sizes):
         found = ", ".join(f"argument {i} has {size}" for i, size in dict.fromkeys(sizes))

@@ -18,7 +18,7 @@ from per_sample._caller import Restart
 from per_sample._composites import composites
 from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
 from per_sample._guards import refuse_escaped
-from per_sample._notes import add_note
+from per_sample._notes import add_notes
 from per_sample._surroundings import in_context
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any
             # An index or a matrix of zeros that no sample has.
             raise Restart(ctx, groups=[]) from err
         _raise_typed(err)
-        add_note(err, ctx.n)
+        add_notes(err, fn, ctx.n)
         raise
 
 

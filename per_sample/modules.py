@@ -15,8 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError
-from per_sample._fsdp import hooks_off, resharded
+from per_sample._fsdp import resharded
 from per_sample._ranks import is_distributed
+from per_sample._swapped import names_in_place, swapped
+from per_sample._write_back import check_shapes, few, state_of
 
 
 def functional(
@@ -123,11 +125,16 @@ class ModuleFunction:
             >>> list(loss.params), loss.frozen
             (['weight'], {'bias': tensor([1.])})
         """
-        _check_shapes(tensors, _state(self.module), "tensors")
+        check_shapes(tensors, state_of(self.module), "tensors")
         return ModuleFunction(self.module, self._loss_fn, self._forward, self._has_aux, self.keep_batch_dim, {**self._bound, **tensors})
 
-    def __call__(self, params: Mapping[str, Tensor], *batch: Any) -> Any:
+    def __call__(self, params: Mapping[str, Tensor], *batch: Any, **named: Any) -> Any:
         """The loss of one sample, with ``has_aux`` a pair; ``batch`` is the inputs, and last the target where there is a ``loss_fn``."""
+        if named:
+            raise ArgumentError(
+                f"The function takes its inputs by position; got {sorted(named)} by name. Inputs that the module takes by name go in one "
+                "dict: `loss(params, {'input_ids': ..., 'attention_mask': ...})`."
+            )
         self._check_names(params)
         if self._loss_fn is not None and len(batch) < 2:
             raise ArgumentError(
@@ -137,11 +144,9 @@ class ModuleFunction:
             self._check_batch_norms()
             batch = tuple(_batch_of_one(part) for part in batch)
         inputs = batch if self._loss_fn is None else batch[:-1]
-        tensors = {f"module.{name}": x for name, x in {**self._bound, **params}.items()}
-        with hooks_off(self.module):
-            output = functional_call(self._call, tensors, inputs)
+        output = self._output({**self._bound, **params}, inputs)
         if self._loss_fn is not None:
-            loss, aux = self._loss_fn(output, batch[-1]), output
+            loss, aux = self._loss_of(output, batch[-1]), output
         elif self._has_aux:
             loss, aux = _pair(output)
         else:
@@ -162,6 +167,26 @@ class ModuleFunction:
     def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
         return resharded(self.module).named_parameters()
 
+    def _output(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            # Buffers too: what is assigned to them is undone.
+            tensors = {**dict(self.module.named_buffers()), **tensors}
+            return functional_call(self._call, {f"module.{name}": x for name, x in tensors.items()}, inputs)
+        with swapped(self.module, tensors):
+            return self._forward(self.module, *inputs)
+
+    def _loss_of(self, output: Any, target: Any) -> Any:
+        assert self._loss_fn is not None
+        try:
+            return self._loss_fn(output, target)
+        except Exception as err:
+            if not isinstance(output, Tensor):
+                err.add_note(
+                    f"`loss_fn` got the module's output, a {type(output).__name__}. Pick what it wants: "
+                    "`lambda output, y: F.cross_entropy(output.logits, y)`."
+                )
+            raise
+
     def _check_batch_norms(self) -> None:
         """Refuse what would normalise each sample by itself here, and all of a batch together where the module is used otherwise."""
         found = [name for name, m in self._batch_norms if m.training or m.running_mean is None]
@@ -174,11 +199,14 @@ class ModuleFunction:
     def _check_names(self, params: Any) -> None:
         if not isinstance(params, Mapping):
             raise ArgumentError(f"The first argument is the parameters by name, such as `loss.params`; got {type(params).__name__}.")
-        # A function mode around the transform's caller would show the parameters in a form of its own.
-        with torch._C.DisableTorchFunction():
-            own = {name for name, p in self._named() if p.requires_grad and name not in self._bound}
+        own = names_in_place(self.module)
+        if own is None:
+            # A function mode around the transform's caller would show the parameters in a form of its own.
+            with torch._C.DisableTorchFunction():
+                own = {name for name, p in self._named() if p.requires_grad}
+        own -= self._bound.keys()
         if params.keys() != own:
-            missing, unknown = sorted(own - params.keys()), sorted(params.keys() - own)
+            missing, unknown = few(own - params.keys()), few(params.keys() - own)
             raise ArgumentError(
                 f"The parameters are not those of the function's `params`: missing {missing}, not among them {unknown}. To hold some "
                 "fixed, use `bind`, or `requires_grad_(False)` on the module."
@@ -247,71 +275,3 @@ def _detached(name: str, param: Tensor) -> Tensor:
     if is_lazy(param):
         raise UnsupportedError(f"The parameter {name!r} is not initialised; run the module once first.")
     return param.detach()
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(resharded(module).named_parameters()), **dict(module.named_buffers())}
-
-
-def _check_shapes(tensors: Any, own: Mapping[str, Tensor], what: str) -> None:
-    """Raise ``ArgumentError`` unless every name is one of the module's, with a tensor of its shape."""
-    if not isinstance(tensors, Mapping):
-        raise ArgumentError(f"`{what}` must be a dict by the module's names; got {type(tensors).__name__}.")
-    unknown = sorted(tensors.keys() - own.keys())
-    if unknown:
-        raise ArgumentError(f"`{what}` names {unknown}, which the module does not have.")
-    for name, x in tensors.items():
-        found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        if found != list(own[name].shape):
-            hint = " Sum or average over the samples first." if found[1:] == list(own[name].shape) else ""
-            raise ArgumentError(f"`{what}[{name!r}]` must have the shape {list(own[name].shape)}; got {found}.{hint}")
-
-
-def load_back(module: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Write parameters (or buffers) into a module.
-
-    Args:
-        module: what ``functional`` was made from, or a module with the same names.
-        params: tensors by name, in the module's shapes; names that are left out keep their values.
-
-    Raises:
-        ArgumentError: for a name that the module does not have, or another shape; then nothing is written.
-
-    Example:
-        >>> import torch
-        >>> from per_sample import functional, load_back
-        >>> model = torch.nn.Linear(2, 1)
-        >>> load_back(model, {"bias": torch.tensor([3.0])})
-        >>> model.bias.item()
-        3.0
-    """
-    own = _state(module)
-    _check_shapes(params, own, "params")
-    with torch.no_grad():
-        for name, x in params.items():
-            own[name].copy_(x)
-
-
-def set_grads(module: nn.Module, grads: Mapping[str, Tensor]) -> None:
-    """Put gradients into a module's ``.grad``, where an optimizer of ``torch.optim`` looks for them.
-
-    Args:
-        module: what ``functional`` was made from, or a module with the same names.
-        grads: tensors by name, in the parameters' shapes: a sum or mean over samples. They replace what ``.grad`` holds.
-
-    Raises:
-        ArgumentError: for a name that is no parameter of the module, or another shape; then nothing is set.
-
-    Example:
-        >>> import torch
-        >>> from per_sample import clipped_grad, functional, set_grads
-        >>> model = torch.nn.Linear(2, 1)
-        >>> loss = functional(model, torch.nn.functional.mse_loss)
-        >>> set_grads(model, clipped_grad(loss, max_norm=1.0)(loss.params, torch.randn(4, 2), torch.randn(4, 1)))
-        >>> model.weight.grad.shape
-        torch.Size([1, 2])
-    """
-    own = dict(resharded(module).named_parameters())
-    _check_shapes(grads, own, "grads")
-    for name, x in grads.items():
-        own[name].grad = x.detach().to(own[name].dtype)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from case import Case, Input, ints, real, unit
+from versions import FUSED_WITHOUT_BATCH_AXIS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,7 +159,7 @@ ATTENTION = [
     _sdpa("causal", (2, 5, 8), is_causal=True),
     _sdpa("scale", (2, 5, 8), scale=0.3),
     _sdpa("keep", (5, 8), keep_batch_dim=True, is_causal=True),
-    _sdpa("plain", (5, 8), routes={"aten._safe_softmax.default": "rule"}),
+    _sdpa("plain", (5, 8), routes=_FLASH if FUSED_WITHOUT_BATCH_AXIS else {"aten._safe_softmax.default": "rule"}),
     _sdpa("mask-per-sample", (2, 5, 8), real(2, 1, 5, 5)),
     _sdpa("mask-per-sample-2d", (2, 5, 8), real(5, 5)),
     Case(

@@ -16,7 +16,20 @@ MAX_LINES = 320
 # From the bottom up: a module imports from lower layers only, and from its own layer where that makes no cycle. A
 # package stands for all its modules. Imports under TYPE_CHECKING do not count: they do not happen.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_errors", "_fsdp", "_conversions", "_keys", "_options", "_out", "_containers", "_signatures", "_skipped", "_trees", "_torch_trees"),
+    (
+        "_errors",
+        "_fsdp",
+        "_conversions",
+        "_keys",
+        "_options",
+        "_out",
+        "_containers",
+        "_signatures",
+        "_skipped",
+        "_trees",
+        "_torch_trees",
+        "_write_back",
+    ),
     ("_kernels",),
     ("_factors", "_conv_arguments"),
     ("quantities",),
@@ -26,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_entries",),
     ("_interpreter",),
     ("rules", "_surroundings"),
-    ("_backward", "_marks", "_notes"),
+    ("_backward", "_marks", "_notes", "_swapped"),
     ("_run",),
     ("_ranks",),
     ("_distributed",),

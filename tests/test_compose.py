@@ -8,6 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch.func import functionalize, grad, hessian, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from per_sample import UnsupportedError, per_sample_grad, reference
@@ -206,7 +207,7 @@ CLOSED_OVER = {
     "derived outside": lambda th, w, x: ((w @ x) @ th).square().sum(),
     "bmm": lambda th, w, x: torch.bmm((w @ x).view(1, 1, -1), th[None]).square().sum(),
     "power": lambda th, w, x: ((w @ x).square() + 1).pow(th[0]).sum(),
-    "attention": lambda th, w, x: F.scaled_dot_product_attention((w @ x).expand(1, 2, OUT), th[None], th[None]).square().sum(),
+    "attention": lambda th, w, x: _attention((w @ x).expand(1, 2, OUT), th[None]).square().sum(),
     "layer norm": lambda th, w, x: (F.layer_norm(w @ x, (OUT,), th[0], th[1]) ** 3).sum(),
     "in-place write": lambda th, w, x: _half_written(w, x, th),
     "inner autograd.grad": lambda th, w, x: _inner_grad(w @ x, th, create_graph=False),
@@ -221,6 +222,12 @@ def _half_written(w, x, th):
     copy = (w @ x).tanh().expand(2, OUT).clone()
     copy[0] = 0.5
     return ((copy @ th) @ w).square().sum()
+
+
+def _attention(q, th):
+    # The loop's own second derivative: torch has none of its fused kernels.
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, th, th)
 
 
 def _inner_grad(h, th, create_graph):

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 from per_sample import (
     ArgumentError,
     BatchNormError,
+    BatchSizeError,
     NotScalarError,
     RandomnessError,
     SharedWriteError,
@@ -342,6 +343,12 @@ def test_misuse_is_told() -> None:
         per_sample_grad(loss)(x[0], x, y)
     with pytest.raises(ArgumentError, match=r"takes \(params, \*inputs, target\)"):
         per_sample_grad(loss)(loss.params, x)
+    with pytest.raises(ArgumentError, match=r"by position; got \['target'\] by name"):
+        per_sample_grad(loss)(loss.params, x, target=y)
+    with pytest.raises(BatchSizeError, match="keyword arguments are shared"):
+        per_sample_grad(loss)(loss.params, input=x, target=y)
+    with pytest.raises(ArgumentError, match=r"'weight \d', 'weight \d'\] and 4 more"):
+        load_back(model, {f"weight {i}": x for i in range(9)})
     with pytest.raises(ArgumentError, match="leave `keep_batch_dim` out"):
         per_sample_grad(loss, keep_batch_dim=True)
     with pytest.raises(ArgumentError, match="a dict without one"):
@@ -401,3 +408,14 @@ def test_several_outputs_have_a_jacobian() -> None:
     torch.testing.assert_close(jacobian["weight"], expected)
     with pytest.raises(NotScalarError, match=r"shape \[2\]. Reduce it"):
         per_sample_grad(outputs)(outputs.params, x)
+
+
+def test_raw_errors_have_notes_where_a_module_was_misunderstood() -> None:
+    model, (x, y) = network(), images()
+    wants_logits = functional(Keyed(lambda logits, loss: Output(logits=logits)).double(), F.cross_entropy)
+    with pytest.raises(TypeError, match="must be Tensor") as caught:
+        per_sample_grad(wants_logits)(wants_logits.params, keyed_batch(), y)
+    assert any("output.logits" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError) as caught:
+        per_sample_grad(model)(functional(model, F.cross_entropy).params, x, y)
+    assert any("functional(module, loss_fn)" in note for note in caught.value.__notes__)

@@ -209,3 +209,38 @@ def test_nothing_differentiated_at_all(quantity):
     except PerSampleError:
         return
     assert not optree.tree_leaves(found)
+
+
+def _spread(grads):
+    mean, deviations = grads.moments()
+    return mean / (deviations + 1).sqrt()
+
+
+def test_a_map_of_the_whole_batch_is_refused_in_parts():
+    whole = per_sample.per_sample_grad_map(MLP.loss, _spread, across="whole")
+    rows = [torch.stack(list(g)) for g in MLP.leaves]
+    expected = [g.mean(0) / ((g - g.mean(0)).square().sum(0) + 1).sqrt() for g in rows]
+    torch.testing.assert_close(optree.tree_leaves(whole(*MLP.args)), expected)
+    with pytest.raises(ArgumentError, match="leave `chunk_size` out"):
+        per_sample.per_sample_grad_map(MLP.loss, _spread, across="whole", chunk_size=2)
+
+    def branching(w, x):
+        return (w * x).sum() if x.sum() > 0 else (w * x).sum().square()
+
+    with per_sample.options(split_batch=True), pytest.raises(ArgumentError, match="runs in parts"):
+        per_sample.per_sample_grad_map(branching, _spread, across="whole")(torch.ones(2), torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "error", "pattern"),
+    [
+        (lambda g: g.abs().sum(1), AttributeError, "`materialize\\(\\)` gives the gradients as one"),
+        (lambda g: g.nothing, AttributeError, "no attribute 'nothing'.$"),
+        (lambda g: g.weighted_sum(torch.ones(3)), ArgumentError, "one for each of the"),
+        (lambda g: g.dot(torch.ones(7, 7)), ArgumentError, "shape of one sample's gradient"),
+    ],
+)
+def test_a_mistake_in_a_map_is_told_with_its_leaf(leaf, error, pattern):
+    with pytest.raises(error, match=pattern) as caught:
+        per_sample.per_sample_grad_map(MLP.loss, leaf)(*MLP.args)
+    assert any("LeafGrads(n=" in note and "leaf " in note for note in caught.value.__notes__)

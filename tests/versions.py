@@ -10,6 +10,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # By name: the last version that lacks it, and what is lacking.
 LACKING = {
     "grid_sample twice": ((2, 11), "the second derivative of `grid_sample`"),
+    "compiled convolution": ((2, 11), "compiled code on the CPU (inductor) of clipped sums of the README's convolutional network"),
     "overrideable on meta": ((2, 11), "shapes (on the meta device) of the backward pass of attention for devices from outside torch"),
 }
 

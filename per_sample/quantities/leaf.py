@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from per_sample._errors import ArgumentError
 from per_sample.quantities.condition import sq_condition
 from per_sample.quantities.dot import dot
 from per_sample.quantities.gram import gram
@@ -42,6 +43,13 @@ class LeafGrads:
         """The number of samples."""
         return count(self.factor)
 
+    def __repr__(self) -> str:
+        return f"LeafGrads(n={self.n}, shape={list(self.shape)}, held as {type(self.factor).__name__})"
+
+    def __getattr__(self, name: str) -> Any:
+        hint = " It is no tensor: `materialize()` gives the gradients as one, [n, *shape]." if hasattr(Tensor, name) else ""
+        raise AttributeError(f"'LeafGrads' object has no attribute {name!r}.{hint}")
+
     def __len__(self) -> int:
         return self.n
 
@@ -69,6 +77,8 @@ class LeafGrads:
 
     def weighted_sum(self, weights: Tensor | None = None) -> Tensor:
         """``sum_n weights[n] * grad[n]``, ``[*shape]``, in float32 or wider; without weights the plain sum."""
+        if weights is not None and tuple(weights.shape) != (self.n,):
+            raise ArgumentError(f"Weights must be one for each of the {self.n} samples; got shape {list(weights.shape)}.")
         return weighted_sum(self.factor, weights, functional=self.functional)
 
     def square_sum(self) -> Tensor:
@@ -81,6 +91,10 @@ class LeafGrads:
 
     def dot(self, direction: Tensor) -> Tensor:
         """The inner products ``[n]`` with ``direction [*shape]``."""
+        if tuple(direction.shape) != tuple(self.shape):
+            raise ArgumentError(
+                f"A direction must have the shape of one sample's gradient, {list(self.shape)}; got {list(direction.shape)}."
+            )
         return dot(self.factor, direction, functional=self.functional)
 
     def gram(self, other: LeafGrads) -> Tensor:

@@ -139,8 +139,8 @@ def per_sample_grad_map(
     """
     if not callable(leaf):
         raise ArgumentError(f"`leaf` must be callable; got {type(leaf).__name__}.")
-    if across not in ("samples", "sum"):
-        raise ArgumentError(f"`across` must be 'samples' or 'sum'; got {across!r}.")
+    if across not in ("samples", "sum", "whole"):
+        raise ArgumentError(f"`across` must be 'samples', 'sum' or 'whole'; got {across!r}.")
     if not isinstance(trees, (tuple, list)):
         raise ArgumentError(f"`trees` must be a tuple or a list of trees; got {type(trees).__name__}.")
     gradients = dense_gradients(

@@ -155,6 +155,10 @@ class ClippedGrad(Generic[P]):
         self._return_values = return_values
         self._memory = memory
 
+    def __repr__(self) -> str:
+        name = getattr(self._fn, "__name__", type(self._fn).__name__)
+        return f"ClippedGrad({name}, max_norm={self._max_norm!r}, normalize_by={self._normalize_by:g})"
+
     def sensitivity(self, relation: str = "add_or_remove_one") -> float:
         """How far, in L2 norm, the sum can differ between neighbouring batches.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from per_sample._signatures import P, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
-ACROSS = ("samples", "sum")
+ACROSS = ("samples", "sum", "whole")
 
 
 @overload
@@ -70,8 +70,9 @@ def per_sample_grad_map(
         in_dims: as in ``per_sample_grad``.
         trees: further trees of the structure of the differentiated argument, such as directions, masks or names: ``leaf`` gets each
             one's entry for its leaf, as ``tree_map`` does it.
-        across: what becomes of the results of chunks: ``"samples"``: they have a row for each sample, and are concatenated; ``"sum"``:
-            they are added.
+        across: what becomes of the results where the batch runs in parts (``chunk_size``, groups, processes), of which ``leaf`` sees one at
+            a time. ``"samples"``: they have a row for each sample, which must depend on that sample alone, and are concatenated;
+            ``"sum"``: they are sums over samples, and are added; ``"whole"``: neither, so that the batch must run as a whole.
         has_aux: as in ``per_sample_grad``.
         keep_batch_dim: as in ``per_sample_grad``.
         chunk_size: as in ``per_sample_grad``.
@@ -82,7 +83,8 @@ def per_sample_grad_map(
         ``has_aux`` a pair ``(results, aux)``.
 
     Raises:
-        ArgumentError: for options that cannot be right, a tree of another structure, or a result of ``leaf`` that is no tensor.
+        ArgumentError: for options that cannot be right, a tree of another structure, a result of ``leaf`` that is no tensor, or a batch
+            in parts where it is to be whole.
 
     Example:
         >>> import torch
@@ -95,6 +97,8 @@ def per_sample_grad_map(
         raise ArgumentError(f"`across` must be one of {ACROSS}; got {across!r}.")
     if not callable(leaf):
         raise ArgumentError(f"`leaf` must be callable; got {type(leaf).__name__}.")
+    if across == "whole" and chunk_size is not None:
+        raise ArgumentError("`across='whole'` wants the whole batch at once; leave `chunk_size` out.")
     if not isinstance(trees, (tuple, list)):
         raise ArgumentError(f"`trees` must be a tuple or a list of trees; got {type(trees).__name__}.")
     convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness, empty=True)
@@ -110,16 +114,26 @@ def per_sample_grad_map(
     return transform(fn, convention, bind, finish)
 
 
+_PARTS = "The batch runs in parts (groups of samples that go different ways, or processes), and `across='whole'` wants all of it at once."
+
+
 class _Mapped(Quantity):
     """A user's function of each leaf's gradients."""
 
     def __init__(self, of_leaf: Callable[..., Tensor], entries: list[list[Any]], across: str) -> None:
         self.of_leaf = of_leaf
         self.entries = entries
+        self.across_parts = across
         self.by_sample = across == "samples"
 
     def leaf(self, number: int, grads: LeafGrads, samples: Sequence[int] | None) -> Tensor:
-        found = self.of_leaf(grads, *self.entries[number])
+        if samples is not None and self.across_parts == "whole":
+            raise ArgumentError(_PARTS)
+        try:
+            found = self.of_leaf(grads, *self.entries[number])
+        except Exception as err:
+            err.add_note(f"`leaf` was called with the gradients of leaf {number} of the differentiated argument: {grads!r}.")
+            raise
         if not isinstance(found, Tensor):
             raise ArgumentError(f"`leaf` must return a tensor; it returned {type(found).__name__}.")
         if self.by_sample and (found.dim() == 0 or found.shape[0] != grads.n):
@@ -133,4 +147,6 @@ class _Mapped(Quantity):
         return [in_order(pieces, samples) if self.by_sample else total(pieces) for pieces in columns]
 
     def across(self, result: list[Tensor], ranks: Ranks) -> list[Any]:
+        if self.across_parts == "whole":
+            raise ArgumentError(_PARTS)
         return [ranks.rows(x) for x in result] if self.by_sample else ranks.sums(result)

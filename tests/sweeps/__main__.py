@@ -1,4 +1,4 @@
-"""``python -m tests.sweeps [ops] [modules] [families] [--only PATTERN]``: every case, and the tally."""
+"""``python -m tests.sweeps [ops] [modules] [families] [--only PATTERN] [--coverage PAGE]``: every case, and the tally."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import importlib
 import sys
 import warnings
 from fnmatch import fnmatchcase
+from pathlib import Path
 
-from .tally import report
+from .coverage import page
+from .tally import checked, report
 
 SWEEPS = ("ops", "modules", "families")
 
@@ -18,12 +20,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweeps", description=__doc__)
     parser.add_argument("sweeps", nargs="*", choices=SWEEPS, default=SWEEPS)
     parser.add_argument("--only", default="*", help="a pattern of case names, such as 'ops/*conv*'")
+    parser.add_argument("--coverage", type=Path, help="also write the page of what was found, such as docs/coverage.md")
     options = parser.parse_args()
     # The material is other people's, and so are its warnings.
     warnings.simplefilter("ignore")
     cases = (c for s in options.sweeps for c in importlib.import_module(f".{s}", __package__).cases(whole=True))
-    findings = (c.check() for c in cases if fnmatchcase(c.name, options.only))
-    return 0 if report(findings, complete=options.sweeps if options.only == "*" else ()) else 1
+    found = checked(c for c in cases if fnmatchcase(c.name, options.only))
+    if options.coverage:
+        options.coverage.write_text(page(found), encoding="utf-8")
+    return 0 if report(found, complete=options.sweeps if options.only == "*" else ()) else 1
 
 
 if __name__ == "__main__":

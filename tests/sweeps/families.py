@@ -23,7 +23,7 @@ from .families_encoders import BOTH, ENCODERS
 from .families_experts import EXPERTS
 from .families_images import IMAGES, VIDEO
 from .families_senses import PAIRS, SERIES, SOUND
-from .tally import Case, Finding
+from .tally import Case, Finding, routes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -162,7 +162,7 @@ def variants(family: Family) -> list[Variant]:
 def check(family: Family, variant: Variant) -> Finding:
     """One family, run one way, in float64 throughout and in the dtypes that people use."""
     name = f"families/{family.name}{variant.suffix}"
-    looped: tuple[str, ...] = ()
+    routes: frozenset[tuple[str, str]] = frozenset()
     for dtype in variant.dtypes:
         with float64() if dtype is torch.float64 else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -176,15 +176,15 @@ def check(family: Family, variant: Variant) -> Finding:
                 return Finding(name, "void", "all gradients are zero")
             try:
                 with options(split_batch=variant.split or family.split):
-                    got, looped = run.ours()
+                    got, routes = run.ours()
             except PerSampleError as err:
                 return Finding(name, "refused", described(err))
             except Exception as err:
                 return Finding(name, "raw", described(err))
         error, leaf = worst(got, want, FLOOR[dtype])
         if error > TOLERANCE[dtype]:
-            return Finding(name, "wrong", f"{leaf}: relative error {error:.1e} in {dtype}", looped)
-    return Finding(name, "right", looped=looped)
+            return Finding(name, "wrong", f"{leaf}: relative error {error:.1e} in {dtype}", routes)
+    return Finding(name, "right", routes=routes)
 
 
 def described(err: Exception) -> str:
@@ -216,14 +216,13 @@ class Run:
             )
         return loop(self.loss, self.params, self.buffers, self.samples)
 
-    def ours(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """The same by this library, and the ops that ran sample by sample."""
+    def ours(self) -> tuple[dict[str, Tensor], frozenset[tuple[str, str]]]:
+        """The same by this library, and the ops that ran."""
         settings = {"in_dims": self.dims, "keep_batch_dim": True, "randomness": self.randomness}
         arguments = (self.params, self.buffers, *self.samples)
         torch.manual_seed(2)
         got = per_sample_grad(self.loss, **settings)(*arguments)
-        report = explain(self.loss, **settings)(*arguments)
-        return got, tuple(row.op for row in report.rows if row.route == "loop")
+        return got, routes_of(explain(self.loss, **settings)(*arguments))
 
 
 def cases(*, whole: bool) -> list[Case]:

@@ -16,7 +16,7 @@ from per_sample import PerSampleError, RandomnessError, explain, per_sample_grad
 from per_sample import options as settings
 
 from .modules_table import listed
-from .tally import Case, Finding
+from .tally import Case, Finding, routes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,14 +149,14 @@ def _check(name: str, entry: Entry, form: str, whole: bool) -> Finding:
         grads, expected, randomness = _transformed(task, expected)
         for got, want in zip(grads, expected, strict=True):
             torch.testing.assert_close(got, want, equal_nan=True, **_TOLERANCE[entry.dtype])
-        rows = task.transformed(explain, randomness=randomness).rows if whole else ()
+        routes = routes_of(task.transformed(explain, randomness=randomness)) if whole else frozenset()
     except AssertionError as err:
         return Finding(name, "wrong", " ".join(str(err).split()))
     except PerSampleError as err:
         return Finding(name, "refused", f"{type(err).__name__}: {err}", possible=_runs_by_vmap(task))
     except Exception as err:
         return Finding(name, "raw", f"{type(err).__name__}: {err}")
-    return Finding(name, "right", looped=tuple(sorted({row.op for row in rows if row.route == "loop"})))
+    return Finding(name, "right", routes=routes)
 
 
 def _runs_by_vmap(task: Task) -> bool:

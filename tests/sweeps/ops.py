@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from per_sample import PerSampleError, RandomnessError, explain, per_sample_grad_and_value
 
-from .tally import Case, Finding
+from .tally import Case, Finding, routes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -176,7 +176,7 @@ def check(problem: Problem, whole: bool) -> Finding:
         try:
             got = per_sample_grad_and_value(problem.loss, in_dims=dims)(*args)
         except RandomnessError:
-            return check_random(problem, args, dims)
+            return check_random(problem, args, dims, whole)
         except Exception as error:
             verdict = "refused" if isinstance(error, PerSampleError) else "raw"
             possible = by_vmap(problem, args, dims) is not None
@@ -188,11 +188,11 @@ def check(problem: Problem, whole: bool) -> Finding:
             also = by_vmap(problem, args, dims)
             note = "cannot" if also is None else "differs too" if difference(also, expected) else "is right"
             return Finding(problem.name, "wrong", f"{wrong} (vmap {note})")
-        routes = explain(problem.loss, in_dims=dims)(*args).rows if whole else ()
-        return Finding(problem.name, "right", looped=tuple(sorted({row.op for row in routes if row.route == "loop"})))
+        routes = routes_of(explain(problem.loss, in_dims=dims)(*args)) if whole else frozenset()
+        return Finding(problem.name, "right", routes=routes)
 
 
-def check_random(problem: Problem, args: Any, dims: Any) -> Finding:
+def check_random(problem: Problem, args: Any, dims: Any, whole: bool) -> Finding:
     """An op that draws: the numbers of torch.vmap under the same seed, where that runs it."""
     for randomness in ("same", "different"):
         torch.manual_seed(0)
@@ -208,7 +208,8 @@ def check_random(problem: Problem, args: Any, dims: Any) -> Finding:
         wrong = "" if expected is None else difference(got, expected)
         if wrong:
             return Finding(problem.name, "wrong", f"randomness={randomness!r}, against vmap: {wrong}")
-    return Finding(problem.name, "right")
+    routes = routes_of(explain(problem.loss, in_dims=dims, randomness="different")(*args)) if whole else frozenset()
+    return Finding(problem.name, "right", routes=routes)
 
 
 def has_derivative(call: Callable[[list[Tensor]], Any], tensors: list[Tensor], k: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
@@ -28,10 +28,15 @@ class Finding:
     name: str
     verdict: str
     detail: str = ""
-    # Ops that ran sample by sample.
-    looped: tuple[str, ...] = ()
+    # The ops that ran, each with its route.
+    routes: frozenset[tuple[str, str]] = frozenset()
     # vmap(grad) runs it: then it may not be refused, except where that is promised.
     possible: bool = False
+
+    @property
+    def looped(self) -> tuple[str, ...]:
+        """Ops that ran sample by sample."""
+        return tuple(sorted(op for op, route in self.routes if route == "loop"))
 
     @property
     def excuse(self) -> str | None:
@@ -55,13 +60,22 @@ class Case:
     check: Callable[[], Finding]
 
 
-def report(findings: Iterable[Finding], *, complete: Iterable[str] = ()) -> bool:
+def routes_of(explanation: Any) -> frozenset[tuple[str, str]]:
+    """The ops of a run as ``explain`` tells them, without times."""
+    return frozenset((row.op, row.route) for row in explanation.rows)
+
+
+def checked(cases: Iterable[Case]) -> list[Finding]:
+    """What became of every case; a line shows how far it is."""
+    return [case.check() for case in track(cases, "checking", total=None, console=Console(), transient=True)]
+
+
+def report(found: list[Finding], *, complete: Iterable[str] = ()) -> bool:
     """Print the tally and everything that is not fine; True where all is.
 
     ``complete`` names the sweeps of which all cases are among the findings, so that a row of the tables that none of them needs is wrong.
     """
     console = Console()
-    found = list(track(findings, "checking", total=None, console=console, transient=True))
     table = Table(title="per-sample gradients against a loop of plain autograd")
     for column in ("sweep", *VERDICTS, "excepted"):
         table.add_column(column, justify="left" if column == "sweep" else "right")

@@ -25,6 +25,10 @@ def with_aux(params: Params, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return (x @ params["w"]).sum(), {"x": x}
 
 
+def len_of_text(text: str) -> Tensor:
+    return torch.tensor(len(text))
+
+
 params: Params = {"w": torch.ones(3, 2)}
 x = torch.ones(5, 3)
 flag = bool(x.sum())
@@ -87,7 +91,7 @@ ps.per_sample_grad(loss, (0, 1), (None, 0, None), keep_batch_dim=True, chunk_siz
 ps.per_sample_grad_norm(loss, chunk_size="2")  # type: ignore[call-overload]
 ps.per_sample_grad_norm(loss, chunksize=2)  # type: ignore[call-overload]
 ps.per_sample_grad(3)  # type: ignore[arg-type]
-ps.per_sample_grad_map(loss, lambda grads: grads.normal())  # type: ignore[attr-defined]
+ps.per_sample_grad_map(loss, len_of_text)  # type: ignore[arg-type]
 ps.per_sample_grad_map(loss, lambda grads, towards: grads.dot(towards), trees=(params,))(params, x, 1)
 ps.projected_grad(loss, "gaussian")  # type: ignore[call-overload]
 

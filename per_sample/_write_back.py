@@ -1,0 +1,86 @@
+"""The way back into a module: parameters and gradients by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from per_sample._errors import ArgumentError
+from per_sample._fsdp import resharded
+
+
+def load_back(module: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Write parameters (or buffers) into a module.
+
+    Args:
+        module: what ``functional`` was made from, or a module with the same names.
+        params: tensors by name, in the module's shapes; names that are left out keep their values.
+
+    Raises:
+        ArgumentError: for a name that the module does not have, or another shape; then nothing is written.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import functional, load_back
+        >>> model = torch.nn.Linear(2, 1)
+        >>> load_back(model, {"bias": torch.tensor([3.0])})
+        >>> model.bias.item()
+        3.0
+    """
+    own = state_of(module)
+    check_shapes(params, own, "params")
+    with torch.no_grad():
+        for name, x in params.items():
+            own[name].copy_(x)
+
+
+def set_grads(module: nn.Module, grads: Mapping[str, Tensor]) -> None:
+    """Put gradients into a module's ``.grad``, where an optimizer of ``torch.optim`` looks for them.
+
+    Args:
+        module: what ``functional`` was made from, or a module with the same names.
+        grads: tensors by name, in the parameters' shapes: a sum or mean over samples. They replace what ``.grad`` holds.
+
+    Raises:
+        ArgumentError: for a name that is no parameter of the module, or another shape; then nothing is set.
+
+    Example:
+        >>> import torch
+        >>> from per_sample import clipped_grad, functional, set_grads
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss = functional(model, torch.nn.functional.mse_loss)
+        >>> set_grads(model, clipped_grad(loss, max_norm=1.0)(loss.params, torch.randn(4, 2), torch.randn(4, 1)))
+        >>> model.weight.grad.shape
+        torch.Size([1, 2])
+    """
+    own = dict(resharded(module).named_parameters())
+    check_shapes(grads, own, "grads")
+    for name, x in grads.items():
+        own[name].grad = x.detach().to(own[name].dtype)
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(resharded(module).named_parameters()), **dict(module.named_buffers())}
+
+
+def check_shapes(tensors: Any, own: Mapping[str, Tensor], what: str) -> None:
+    """Raise ``ArgumentError`` unless every name is one of the module's, with a tensor of its shape."""
+    if not isinstance(tensors, Mapping):
+        raise ArgumentError(f"`{what}` must be a dict by the module's names; got {type(tensors).__name__}.")
+    unknown = tensors.keys() - own.keys()
+    if unknown:
+        raise ArgumentError(f"`{what}` names {few(unknown)}, which the module does not have.")
+    for name, x in tensors.items():
+        found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if found != list(own[name].shape):
+            hint = " Sum or average over the samples first." if found[1:] == list(own[name].shape) else ""
+            raise ArgumentError(f"`{what}[{name!r}]` must have the shape {list(own[name].shape)}; got {found}.{hint}")
+
+
+def few(names: Iterable[str]) -> str:
+    """The first of the names, and how many more there are."""
+    found = sorted(names)
+    return str(found) if len(found) <= 5 else f"{found[:5]} and {len(found) - 5} more"
