@@ -19,6 +19,7 @@ from per_sample._errors import (
     RuleError,
     SharedWriteError,
     UnsupportedError,
+    UnusedArgumentWarning,
 )
 from per_sample._options import options
 from per_sample._registry import rule
@@ -77,6 +78,7 @@ __all__ = [
     "SharedWriteError",
     "SparseProjector",
     "UnsupportedError",
+    "UnusedArgumentWarning",
     "call_for_per_sample_grads",
     "clipped_grad",
     "explain",

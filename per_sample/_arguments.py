@@ -40,7 +40,11 @@ def check_options(fn: Any, argnums: Any, randomness: Any, chunk_size: Any) -> No
         raise ArgumentError(f"`fn` must be callable; got {type(fn).__name__}.")
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     if not numbers or any(isinstance(i, bool) or not isinstance(i, int) for i in numbers):
-        raise ArgumentError(f"`argnums` must be an int or a non-empty tuple of ints; got {argnums!r}.")
+        found = repr(argnums) if isinstance(argnums, (int, float, str, list)) else f"a {type(argnums).__name__}"
+        raise ArgumentError(
+            f"`argnums` must be an int or a non-empty tuple of ints; got {found}. The function's own arguments go to what the transform "
+            "returns: `per_sample_grad(fn)(params, x, y)`."
+        )
     if randomness not in RANDOMNESS:
         raise ArgumentError(f"`randomness` must be one of {RANDOMNESS}; got {randomness!r}.")
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
@@ -179,7 +183,10 @@ def _batch_size(leaves: list[Any], dims: list[int | None], owner: list[int]) -> 
     n = sizes[0][1]
     if any(size != n for _, size in sizes):
         found = ", ".join(f"argument {i} has {size}" for i, size in dict.fromkeys(sizes))
-        raise BatchSizeError(f"The batched arguments disagree about the number of samples: {found}.")
+        raise BatchSizeError(
+            f"The batched arguments disagree about the number of samples: {found}. Every tensor is batched but those of the differentiated "
+            "argument, by default the first (see `in_dims`). A list of samples is no batch: stack them, and pad what differs in length."
+        )
     return n
 
 

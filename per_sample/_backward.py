@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 
 from per_sample._batched import Batched, Context, storage_of, wrap_shared
 from per_sample._caller import Restart, refuse_custom_nodes
-from per_sample._errors import UnsupportedError
+from per_sample._errors import UnsupportedError, UnusedArgumentWarning
 from per_sample._factors import Dense, Factor
 from per_sample._interpreter import Interpreter
 from per_sample.quantities.leaf import LeafGrads
@@ -56,6 +57,7 @@ def differentiate(
             "`x = x.detach()`."
         )
     if not loss.requires_grad:
+        _warn_of_unused(ctx.caller is not None and ctx.caller.closed_over)
         ctx.expands = 0
         return [_factor(None, target, ctx) for target in targets]
     ctx.backward = True
@@ -67,12 +69,24 @@ def differentiate(
             if reduce is not None and not ctx.functional and not ctx.after and _are_large(targets, ctx.n):
                 reduced = reduce_on_arrival(targets, reduce, ctx)
             grads = _gradients(loss, targets, ctx, retain_graph)
+    _warn_of_unused(all(grad is None for grad in grads))
     # The program is over: what is made from here on is the transform's own.
     ctx.expands = 0
     pairs = zip(grads, targets, strict=True)
     if any(grads[number] is None for number in reduced):
         raise Restart(ctx, after=True)
     return [reduced.get(number) or _factor(grad, target, ctx) for number, (grad, target) in enumerate(pairs)]
+
+
+def _warn_of_unused(unused: bool) -> None:
+    """Zeros are what `vmap(grad)` returns, and hardly ever what was meant."""
+    if unused and not torch.compiler.is_compiling():
+        warnings.warn(
+            "All gradients are zero: `fn` uses nothing that it is differentiated with respect to, but a tensor from outside that requires "
+            "grad. If that is a module's parameter, call the module by `functional(module, loss_fn)`, or `torch.func.functional_call`.",
+            UnusedArgumentWarning,
+            stacklevel=2,
+        )
 
 
 def _are_large(targets: list[Tensor], n: int) -> bool:

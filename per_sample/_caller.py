@@ -65,6 +65,8 @@ class Caller:
         self.enclosing: list[CallerMode] = []
         # Physical ops are under way, whose tensors are the caller's own.
         self.inside = 0
+        # A leaf that requires grad came from outside the function.
+        self.closed_over = False
 
     @contextmanager
     def __call__(self, *, in_dispatch: bool = True) -> Iterator[None]:
@@ -203,6 +205,7 @@ class CallerMode(TorchFunctionMode):
                 self.ctx.borrow(x)
                 self.lifted[id(x)] = (x, wrap_shared(self.ctx, x))
                 caller.differentiates |= self.ctx.grad_mode and is_recorded(x)
+                caller.closed_over |= x.requires_grad and x.grad_fn is None
             return self.lifted[id(x)][1]
 
     def _is_the_callers(self, x: Tensor, caller: Caller, certain: bool) -> bool:

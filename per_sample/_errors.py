@@ -49,5 +49,9 @@ class EscapedError(PerSampleError, RuntimeError):
     """A per-sample tensor was used after the transform that made it had ended."""
 
 
+class UnusedArgumentWarning(UserWarning):
+    """The function uses nothing that it is differentiated with respect to, but a tensor from outside that requires grad."""
+
+
 class NonFiniteWarning(UserWarning):
     """Samples were left out of a sum, because their gradient is not finite."""

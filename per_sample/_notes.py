@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from per_sample._batched import Batched
 from per_sample._errors import PerSampleError
 from per_sample._interpreter import dispatch
 
 
-def add_notes(err: Exception, fn: Any, n: int) -> None:
+def add_notes(err: Exception, fn: Any, args: tuple[Any, ...], n: int) -> None:
     """Tell which op raised ``err``, and the shapes that one sample's tensors have there; and how a module is made a function."""
     if isinstance(err, PerSampleError):
         return
@@ -22,11 +23,20 @@ def add_notes(err: Exception, fn: Any, n: int) -> None:
             "a function of a module's parameters."
         )
     calls = [frame.f_locals for frame, _ in traceback.walk_tb(err.__traceback__) if frame.f_code is dispatch.__code__]
-    if not calls:
-        return
-    call = calls[-1]
-    shapes = [str(list(x.shape)) for x in pytree.tree_leaves((call["args"], call["kwargs"])) if isinstance(x, Tensor)]
-    err.add_note(
-        f"per_sample ran `{call['func']}` for {n} samples at once, so that the message may show shapes of the whole batch. One sample's "
-        f"tensors have the shapes {', '.join(shapes) or '(there are none)'}."
-    )
+    if calls:
+        shapes = _shapes((calls[-1]["args"], calls[-1]["kwargs"]))
+        err.add_note(
+            f"per_sample ran `{calls[-1]['func']}` for {n} samples at once, so that the message may show shapes of the whole batch. One "
+            f"sample's tensors have the shapes {shapes}."
+        )
+    elif isinstance(err, (RuntimeError, IndexError, ValueError)):
+        own = _shapes([x for x in pytree.tree_leaves(args) if type(x) is Batched and not x.shared])
+        err.add_note(
+            f"`fn` sees ONE sample, without a batch axis (see `functional`, and `keep_batch_dim`): its tensors have the shapes {own}."
+        )
+
+
+def _shapes(tree: Any) -> str:
+    """The shapes of the first tensors."""
+    tensors = [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+    return ", ".join(str(list(x.shape)) for x in tensors[:8]) or "(there are none)"

@@ -98,7 +98,7 @@ def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any
             # An index or a matrix of zeros that no sample has.
             raise Restart(ctx, groups=[]) from err
         _raise_typed(err)
-        add_notes(err, fn, ctx.n)
+        add_notes(err, fn, args, ctx.n)
         raise
 
 

@@ -112,8 +112,16 @@ class Targets:
         try:
             spread = self.trees.broadcast_prefix(numbered, own)
         except ValueError as err:
-            raise ArgumentError(f"`{name}` is not a prefix of the differentiated argument's structure: {err}") from err
+            raise ArgumentError(f"`{name}` is not a prefix of the differentiated argument's structure{_keys(prefix, own)}: {err}") from err
         return self._by_number(spread, self.trees.flatten(own)[0]), entries, spec
+
+
+def _keys(prefix: Any, own: Any) -> str:
+    """What is missing in a dict, and what it should not have."""
+    if not (isinstance(prefix, dict) and isinstance(own, dict)):
+        return ""
+    missing, unknown = ([key for key in a if key not in b] for a, b in ((own, prefix), (prefix, own)))
+    return f" (nothing for {missing[:5]}, not among its keys {unknown[:5]})"
 
 
 class Quantity:

@@ -63,6 +63,8 @@ def functional(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"`module` must be an nn.Module; got {type(module).__name__}.")
+    if isinstance(loss_fn, type):
+        raise ArgumentError(f"`loss_fn` is the class {loss_fn.__name__}; make one: `{loss_fn.__name__}()`.")
     for name, own in (("loss_fn", loss_fn), ("forward", forward)):
         if own is not None and not callable(own):
             raise ArgumentError(f"`{name}` must be callable or None; got {type(own).__name__}.")
@@ -138,7 +140,8 @@ class ModuleFunction:
         self._check_names(params)
         if self._loss_fn is not None and len(batch) < 2:
             raise ArgumentError(
-                f"The function takes (params, *inputs, target), since it has a `loss_fn`; it got {len(batch)} after params."
+                f"The function takes (params, *inputs, target), since it has a `loss_fn`; it got {len(batch)} after params. A batch "
+                "that is a list or a tuple goes as `loss(params, *batch)`."
             )
         if self.keep_batch_dim:
             self._check_batch_norms()
@@ -198,7 +201,8 @@ class ModuleFunction:
 
     def _check_names(self, params: Any) -> None:
         if not isinstance(params, Mapping):
-            raise ArgumentError(f"The first argument is the parameters by name, such as `loss.params`; got {type(params).__name__}.")
+            found = f"a tensor of shape {list(params.shape)}" if isinstance(params, Tensor) else type(params).__name__
+            raise ArgumentError(f"The first argument is the parameters by name, such as `loss.params`; got {found}.")
         own = names_in_place(self.module)
         if own is None:
             # A function mode around the transform's caller would show the parameters in a form of its own.

@@ -275,3 +275,25 @@ def test_a_branch_that_samples_take_differently_is_shown_with_its_groups():
     with pytest.raises(per_sample.DataDependentError, match=r"test_errors\.py, line \d+ \(`if x.sum\(\) > X\[0\].sum\(\):`\)") as caught:
         grads_of(branching, W, X[X.sum(1).argsort()])
     assert str(caught.value).endswith("here in 2 groups.")
+
+
+def test_code_for_a_batch_is_told_what_one_sample_looks_like():
+    with pytest.raises(IndexError) as caught:
+        grads_of(lambda w, x: (w @ x[:, 0]).sum())
+    (note,) = caught.value.__notes__
+    assert "sees ONE sample" in note
+    assert note.endswith("shapes [3].")
+
+
+@pytest.mark.parametrize(
+    ("call", "pattern"),
+    [
+        (lambda: per_sample_grad(linear_loss, {"w": W}), "got a dict. The function's own arguments go to"),
+        (lambda: per_sample.clipped_grad(lambda p, x: (p["a"] @ x).sum(), {"b": 1.0})({"a": W}, X), r"nothing for \['a'\].*\['b'\]"),
+        (lambda: per_sample_grad(lambda w, xs: sum((w @ x).sum() for x in xs))(W, [X[0], torch.ones(5)]), "stack them"),
+        (lambda: per_sample.functional(torch.nn.Linear(3, 2), torch.nn.MSELoss), r"make one: `MSELoss\(\)`"),
+    ],
+)
+def test_the_first_mistakes_are_told_with_a_remedy(call, pattern):
+    with pytest.raises(per_sample.PerSampleError, match=pattern):
+        call()

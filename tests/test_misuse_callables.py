@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
 
-from per_sample import ArgumentError, EscapedError, SharedWriteError, UnsupportedError, per_sample_grad, per_sample_grad_and_value
+from per_sample import (
+    ArgumentError,
+    EscapedError,
+    SharedWriteError,
+    UnsupportedError,
+    UnusedArgumentWarning,
+    per_sample_grad,
+    per_sample_grad_and_value,
+)
 from tree_oracle import assert_close, loop
 
 pytestmark = pytest.mark.filterwarnings(
@@ -244,10 +252,20 @@ def test_modules_that_torch_cannot_call_statelessly() -> None:
             per_sample_grad(lambda p, x, net=net: functional_call(net, p, (x,)).sum())(params, X)
 
 
-def test_a_module_called_with_its_own_parameters_gives_zeros_for_those_passed() -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_a_module_called_with_its_own_parameters_gives_zeros_for_those_passed(recorded: bool, grad_mode: bool) -> None:
     net = _net()
-    grads = per_sample_grad(lambda p, x: net(x).sum())({k: p.detach() for k, p in net.named_parameters()}, X)
+    params = {k: p if recorded else p.detach() for k, p in net.named_parameters()}
+    with torch.set_grad_enabled(grad_mode), pytest.warns(UnusedArgumentWarning, match="functional"):
+        grads = per_sample_grad(lambda p, x: net(x).sum())(params, X)
     assert not any(g.any() for g in grads.values())
+
+
+def test_a_tensor_from_outside_that_requires_grad_is_no_mistake_by_itself() -> None:
+    outside = torch.ones(3, dtype=X.dtype, requires_grad=True)
+    assert per_sample_grad(lambda w, x: (w * x * outside).sum())(torch.ones(3, dtype=X.dtype), X).any()
+    assert not per_sample_grad(lambda w, x: x.sum())(torch.ones(3, dtype=X.dtype), X).any()
 
 
 def test_trees_that_are_no_parameters() -> None:
