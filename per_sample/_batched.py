@@ -64,9 +64,6 @@ class Context:
     after: bool = False
     # Samples whose values lead different ways may run apart.
     splits: bool = False
-    # Modules that have other tensors in place of their own until the run is over, and what ends that.
-    modules: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
-    ends: list[Callable[[], None]] = field(default_factory=list)
     # Storages of the caller's tensors, which no in-place op may reach.
     borrowed: set[int] = field(default_factory=set)
     # Shared tensors that have views, by storage; kept, so that no other storage takes the same number.
@@ -102,9 +99,6 @@ class Context:
 
     def forget(self) -> None:
         """Let go of all tensors: the function has run."""
-        while self.ends:
-            self.ends.pop()()
-        self.modules.clear()
         self.pending.clear()
         self.viewed.clear()
         self.split.clear()

@@ -5,6 +5,7 @@ They are opened outside, so that each sample gets its part, and the function ins
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable
@@ -25,11 +26,19 @@ class Padded(NamedTuple):
     lengths: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A container's type, and the structure that torch's own pytrees have of it; None: it is made from a dict."""
+
+    kind: type
+    spec: Any = None
+
+
 class Opened(NamedTuple):
-    """Another container: what it holds, and how it is made of that."""
+    """Another container opened."""
 
     parts: Any
-    rebuild: Callable[[Any], Any]
+    form: Form
 
 
 def opened(
@@ -48,10 +57,10 @@ def opened(
 
     @functools.wraps(fn)
     def closing(*args: Any, **kwargs: Any) -> Any:
-        inner = _close([args, kwargs])
+        inner = close_tree([args, kwargs])
         return fn(*inner[0], **inner[1])
 
-    outer = _open([args, kwargs])
+    outer = open_tree([args, kwargs])
     return closing, *outer
 
 
@@ -81,7 +90,8 @@ def _holds(tree: Any) -> str:
     return next((type(x).__name__ for x in optree.tree_leaves(tree, is_leaf=_is_container) if _is_container(x)), "")
 
 
-def _open(tree: Any) -> Any:
+def open_tree(tree: Any) -> Any:
+    """The tree with such containers opened."""
     return optree.tree_map(_opened, tree, is_leaf=_is_container, none_is_leaf=True)
 
 
@@ -91,12 +101,13 @@ def _opened(x: Any) -> Any:
     if is_packed(x):
         return Padded(*pad_packed_sequence(x, batch_first=True))
     if isinstance(x, UserDict):
-        return Opened(_open(dict(x.data)), type(x))
+        return Opened(open_tree(dict(x.data)), Form(type(x)))
     parts, spec = pytree.tree_flatten(x)
-    return Opened(_open(parts), functools.partial(pytree.tree_unflatten, treespec=spec))
+    return Opened(open_tree(parts), Form(type(x), spec))
 
 
-def _close(tree: Any) -> Any:
+def close_tree(tree: Any) -> Any:
+    """The tree with its containers as they were."""
     return optree.tree_map(_closed, tree, is_leaf=_is_opened, none_is_leaf=True)
 
 
@@ -106,7 +117,8 @@ def _is_opened(x: Any) -> bool:
 
 def _closed(x: Any) -> Any:
     if type(x) is Opened:
-        return x.rebuild(_close(x.parts))
+        parts = close_tree(x.parts)
+        return x.form.kind(parts) if x.form.spec is None else pytree.tree_unflatten(parts, x.form.spec)
     if type(x) is not Padded:
         return x
     value, lengths = (x.value, x.lengths) if x.lengths.dim() else (x.value.unsqueeze(0), x.lengths.unsqueeze(0))

@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from per_sample import _arguments, _compile, _distributed, _torch_trees
 from per_sample import _trees as trees
 from per_sample._batches import joined, outcomes
-from per_sample._containers import opened
+from per_sample._containers import close_tree, opened
 from per_sample._errors import DataDependentError
 from per_sample._factors import Dense
 from per_sample._run import Program
@@ -119,11 +119,11 @@ def _evaluate(program: Program, arguments: Arguments, targets: Targets, quantity
     if not empty:
         values, aux = joined(seen, samples)
         with without_autocast(targets.leaves):
-            return Evaluation(quantity.join(parts, samples), values, aux)
+            return Evaluation(quantity.join(parts, samples), values, close_tree(aux))
     values, aux = trees.map(_emptied, seen[0]) if seen else _of_nobody(targets, program)
     outputs = prod(values.shape[1:]) if program.jacobian else None
     nothing = [quantity.leaf(i, _no_grads(shape, targets.leaves[i], outputs), None) for i, shape in enumerate(targets.shapes)]
-    return Evaluation(quantity.join([quantity.run(nothing, None)], [None]), values, aux)
+    return Evaluation(quantity.join([quantity.run(nothing, None)], [None]), values, close_tree(aux))
 
 
 def _reducer(quantity: Quantity, samples: Sequence[int] | None, empty: bool) -> Callable[..., Any]:

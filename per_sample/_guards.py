@@ -9,10 +9,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from per_sample import _fallback
+from per_sample import _fallback, _registry
 from per_sample._batched import Batched, Context, storage_of
 from per_sample._caller import Restart
 from per_sample._errors import EscapedError, RandomnessError, RuleError, SharedWriteError, UnsupportedError
+from per_sample._generators import remember
 
 aten = torch.ops.aten
 
@@ -171,6 +172,14 @@ def refuse_shape(func: Any, rule: Any, out: Tensor, n: int) -> NoReturn:
         f"The rule `{name}` of `{func}` returned a tensor of shape {list(out.shape)}; expected the physical result, whose axis 0 is the "
         f"sample axis of size {n}."
     )
+
+
+def draws(op: Any, values: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of a random op draws; from a generator of the program's own, what it draws may have to be drawn again."""
+    generator = kwargs.get("generator")
+    if generator is not None:
+        remember(generator)
+    return _registry.draws(op, values, kwargs)
 
 
 def check_random(ctx: Context, func: Any) -> None:

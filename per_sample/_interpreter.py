@@ -214,7 +214,7 @@ def _physical(ctx: Context, entry: Entry, func: Any, values: list[Any], kwargs: 
             return out
         if ctx.recorder is not None:
             ctx.recorder.took("fallback" if _fallback.has_vmap_rule(func) else "loop")
-    if entry.random and _registry.draws(func, values, kwargs):
+    if entry.random and _guards.draws(func, values, kwargs):
         _guards.check_random(ctx, func)
     if ctx.caller is not None:
         return _fall_back(ctx, func, values, kwargs)
@@ -236,7 +236,7 @@ def _fall_back(ctx: Context, func: Any, values: list[Any], kwargs: Any) -> Any:
 
 def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[Any], kwargs: Any, lifted: bool) -> Any:
     """An op none of whose arguments differs between samples: once for all."""
-    if entry.random and ctx.randomness != "same" and _registry.draws(func, values, kwargs):
+    if entry.random and _guards.draws(func, values, kwargs) and ctx.randomness != "same":
         if ctx.randomness == "error":
             _guards.refuse_random(func)
         _guards.unshare_targets(ctx, args, values, entry.writes)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from per_sample import _trees as trees
+from per_sample._containers import close_tree, open_tree
 from per_sample._errors import BatchSizeError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Ranks:
 
     def tree_of_rows(self, tree: Any) -> Any:
         """The same for all tensors of a tree."""
-        return trees.map(lambda x: self.rows(x) if isinstance(x, Tensor) else x, tree)
+        return close_tree(trees.map(lambda x: self.rows(x) if isinstance(x, Tensor) else x, open_tree(tree)))
 
     def own_rows(self, x: Any, name: str) -> Tensor:
         """The rows of this rank's samples of the caller's tensor ``[n, ...]``; ``name`` is for the message."""

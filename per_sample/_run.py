@@ -16,6 +16,7 @@ from per_sample._backward import Reduced, by_output, differentiate, read_out
 from per_sample._batched import Batched, Context, wrap, wrap_shared
 from per_sample._caller import Restart
 from per_sample._composites import composites
+from per_sample._containers import open_tree
 from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
 from per_sample._guards import refuse_escaped
 from per_sample._notes import add_notes
@@ -72,6 +73,7 @@ def run(
         kwargs = trees.map(lambda x: lift(x, None, ctx) if isinstance(x, Tensor) else x, program.kwargs)
         out = _call(ctx, program.fn, trees.unflatten(arguments.spec, inputs), kwargs)
         loss, aux = split_aux(out, program.has_aux)
+        aux = open_tree(aux) if program.has_aux else None
         check_output(loss, program.keep_batch_dim or getattr(program.fn, "keep_batch_dim", False), scalar=not program.jacobian)
         if program.jacobian:
             return by_output(loss, targets, ctx), loss, aux

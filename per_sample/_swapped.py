@@ -1,45 +1,56 @@
-"""A module with other tensors in place of its own: for one call, or, inside a transform, until the backward pass is over.
-
-A checkpointed part of the module runs again in the backward pass, and must then find what it found the first time.
-"""
+"""A module with other tensors in place of its own while it is called, and while a checkpointed part of that call runs again."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch._C import _functorch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
-from per_sample._batched import Batched, Context
-from per_sample._errors import SharedWriteError
+from per_sample._batched import Batched
+from per_sample._errors import SharedWriteError, UnsupportedError
 from per_sample._fsdp import hooks_off
-from per_sample._interpreter import Interpreter
 from per_sample._write_back import state_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from types import FrameType
 
-    from torch import nn
+# A module is exchanged for all threads, so that they take turns.
+_TURN = threading.RLock()
+# A checkpoint may run again on another thread than the one that waits for it.
+_SECONDS = 60.0
+
+
+class Place(NamedTuple):
+    """Where a tensor of a module's stands."""
+
+    table: dict[str, Any]
+    name: str
+    new: Tensor
 
 
 @contextmanager
 def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with other tensors, by name; what it assigns to its buffers is undone, or refused if it differs between samples."""
-    ctx = _running()
-    with ExitStack() as here:
-        if ctx is None:
-            here.enter_context(_exchanged(module, tensors))
-        elif module not in ctx.modules:
-            ctx.modules[module] = dict(tensors)
-            ctx.ends.append(_entered(_exchanged(module, tensors)))
-        elif not _same(ctx.modules[module], tensors):
-            here.enter_context(_exchanged(module, tensors))
-        before = _buffers(module)
-        yield
-        for name, new in _put_back(before):
+    """The module with other tensors, by name, for this thread's call.
+
+    What the module assigns to buffers meanwhile is undone, or refused if it differs between samples.
+    """
+    with _TURN:
+        own = state_of(module)
+        # By identity, since a tied tensor has one name and several places.
+        others = {id(own[name]): x for name, x in tensors.items()}
+        tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers) if table]
+        places = [Place(table, name, others[id(x)]) for table in tables for name, x in table.items() if id(x) in others]
+        with _exchanged(module, places) as assigned, _Checkpoints(functools.partial(_exchanged, module, places)):
+            yield
+        for name, new in assigned.items():
             if type(new) is Batched and not new.shared:
                 raise SharedWriteError(
                     f"The module assigns a value that differs between samples to its buffer {name!r}, which they share. Return the value "
@@ -47,57 +58,98 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
                 )
 
 
-def names_in_place(module: nn.Module) -> set[str] | None:
-    """The names under which other tensors are in place now."""
-    ctx = _running()
-    return None if ctx is None or module not in ctx.modules else set(ctx.modules[module])
-
-
-def _running() -> Context | None:
-    """The transform that runs here, if nothing of torch.func's runs inside of it: such a one's tensors do not outlive it."""
-    if torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None:
-        return None
-    running = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Interpreter)]
-    return running[-1].ctx if running else None
-
-
-def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(first[name] is second[name] for name in first)
-
-
-def _entered(context: AbstractContextManager[None]) -> Any:
-    """What leaves the context."""
-    stack = ExitStack()
-    stack.enter_context(context)
-    return stack.close
-
-
 @contextmanager
-def _exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    own = state_of(module)
-    # By identity, since a tied tensor has one name and several places.
-    others = {id(own[name]): x for name, x in tensors.items()}
-    tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers) if table]
-    places = [(table, name, x) for table in tables for name, x in table.items() if id(x) in others]
-    buffers = _buffers(module)
-    for table, name, x in places:
-        table[name] = others[id(x)]
+def _exchanged(module: nn.Module, places: list[Place]) -> Iterator[dict[str, Any]]:
+    """The places with their new tensors; yields what was assigned to buffers, once that is undone."""
+    before = [place.table[place.name] for place in places]
+    held = [(vars(m), dict(vars(m))) for m in module.modules()]
+    buffers = [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
+    for place in places:
+        place.table[place.name] = place.new
+        for table, own in buffers:
+            if table is place.table:
+                own[place.name] = place.new
+    assigned: dict[str, Any] = {}
     try:
         with hooks_off(module):
-            yield
+            yield assigned
     finally:
-        _put_back(buffers)
-        for table, name, x in places:
-            table[name] = x
+        for table, own in buffers:
+            assigned |= {name: table[name] for name, old in own.items() if table.get(name, old) is not old}
+            table.update(own)
+        for place, old in zip(places, before, strict=True):
+            place.table[place.name] = old
+        for now, own in held:
+            _forget(now, own)
 
 
-def _buffers(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    return [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
+def _forget(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Put back attributes that were made from the tensors, such as a normalised weight or an LSTM's list of weights."""
+    for name, value in list(now.items()):
+        made = value if isinstance(value, list) else [value]
+        if before.get(name) is not value and any(type(x) is Batched for x in made):
+            if name in before:
+                now[name] = before[name]
+            elif not isinstance(value, list):
+                # It is no longer what it was when the call is over; whoever asks for it gets an error of Python's instead.
+                del now[name]
 
 
-def _put_back(before: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, Any]]:
-    """Undo what was assigned; the names and what had been assigned to them."""
-    changed = [(table, name, table[name], old) for table, own in before for name, old in own.items() if table.get(name) is not old]
-    for table, name, _, old in changed:
-        table[name] = old
-    return [(name, new) for _, name, new, _ in changed]
+class _Checkpoints(TorchFunctionMode):
+    """Has checkpointed parts run again on the tensors of their first time, wherever and whenever that is."""
+
+    def __init__(self, again: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.again = again
+        # What runs parts again; kept, so that no other takes its number.
+        self.seen: dict[int, Any] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None:
+            self._wrap(_frame_of(hooks[1]), "recompute_fn")
+        if not torch.is_grad_enabled():
+            self._wrap(_reentrant(), "run_function")
+        return func(*args, **(kwargs or {}))
+
+    def _wrap(self, holder: Any, name: str) -> None:
+        # A reentrant one looks at its arguments before it keeps what it runs.
+        if id(holder) in self.seen or not hasattr(holder, name):
+            return
+        self.seen[id(holder)] = holder
+        setattr(holder, name, _Again(getattr(holder, name), self.again))
+
+
+class _Again(NamedTuple):
+    """A checkpointed part, the next time."""
+
+    first: Callable[..., Any]
+    again: Callable[[], AbstractContextManager[Any]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _TURN.acquire(timeout=_SECONDS):
+            raise UnsupportedError("A checkpointed part of a module cannot run again while another thread uses the module.")
+        try:
+            with self.again():
+                return self.first(*args, **kwargs)
+        finally:
+            _TURN.release()
+
+
+def _frame_of(unpack: Any) -> Any:
+    """What a checkpoint without reentrance runs again, from the hook that it gives to autograd."""
+    cells = getattr(unpack, "__closure__", None) or ()
+    return next((cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "recompute_fn")), None)
+
+
+def _reentrant() -> Any:
+    """The innermost reentrant checkpoint whose first time this is."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _FORWARD:
+            return frame.f_locals.get("ctx")
+        frame = frame.f_back
+    return None
+
+
+_FORWARD = CheckpointFunction.forward.__code__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from per_sample._batches import in_order, rows
 from per_sample._errors import ArgumentError, UnsupportedError
 from per_sample._evaluate import Evaluation, evaluate, evaluate_here, prepared, together
 from per_sample._factors import Dense
+from per_sample._generators import repeatable
 from per_sample._kernels.functional import must_be_functional
 from per_sample._surroundings import random_states
 from per_sample._targets import Convention, Quantity, Targets
@@ -73,12 +75,19 @@ def check_memory(memory: str) -> None:
 
 
 def weighed_sum(
-    fn: Any, convention: Convention, bind: Callable[[Targets], Weighing], memory: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Any,
+    convention: Convention,
+    bind: Callable[[Targets], Weighing],
+    memory: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    whole: bool = False,
 ) -> Weighed:
-    """``sum_n w_n g_n`` with weights that follow from the norms."""
+    """``sum_n w_n g_n`` with weights that follow from the norms; ``whole``: as in ``Weighing``."""
     traced, ranks = torch.compiler.is_dynamo_compiling(), None
     if traced and _distributed.seen(_torch_trees.flatten((args, kwargs))[0]):
-        return _untraced(fn, convention, bind, memory, args, kwargs)
+        return _untraced(fn, convention, bind, memory, args, kwargs, whole=whole)
     if traced and memory == "low" and convention.randomness != "error":
         raise UnsupportedError("memory='low' runs the function twice with the same random numbers, which torch.compile cannot trace.")
     if not traced:
@@ -95,13 +104,16 @@ def weighed_sum(
     def evaluated(bind: Callable[[Targets], Quantity]) -> tuple[Evaluation, Targets]:
         return evaluate(fn, convention, bind, args, kwargs) if traced else evaluate_here(fn, convention, bind, args, kwargs, ranks)[:2]
 
-    found, targets = evaluated(first)
+    with repeatable() if not traced and (whole or memory == "low") else nullcontext(lambda: None) as draw_again:
+        found, targets = evaluated(first)
     sums, norms, conditions, lost = found.result
     if sums is None:
-        for restore in restores:
+        for restore in (*restores, draw_again):
             restore()
         weights = bound[0].weigh(norms, conditions, None)
-        sums, lost = evaluated(lambda _: Sums(bound[0], weights))[0].result
+        second = evaluated(lambda _: Sums(bound[0], weights))[0]
+        _check_repeated(found.values, second.values)
+        sums, lost = second.result
     if lost is not None:
         norms = [torch.where(lost, torch.nan, norm) for norm in norms]
     if ranks is not None:
@@ -110,6 +122,24 @@ def weighed_sum(
 
 
 _untraced = _disable_dynamo(weighed_sum)
+
+
+def _check_repeated(first: Tensor, second: Tensor) -> None:
+    """Weights of one pass are none for the gradients of another: both must have seen the same losses."""
+    if must_be_functional(first, second) or not first.numel():
+        return
+    scale = first.abs().nan_to_num(0.0, 0.0, 0.0).max()
+    tolerance = _REPEATED.get(first.dtype, 1e-2)
+    if not torch.allclose(first, second, rtol=tolerance, atol=float(scale) * tolerance, equal_nan=True):
+        raise UnsupportedError(
+            "The function gave other losses when it ran a second time, so that the weights of the first do not fit. Random numbers that "
+            "are neither torch's nor of the global generators of Python and numpy cannot be drawn again: use memory='fast' without "
+            "`chunk_size`, or pass the numbers as an argument."
+        )
+
+
+# More than the order of sums may change, less than other random numbers would.
+_REPEATED = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 class Sums(Quantity):

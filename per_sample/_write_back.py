@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from per_sample._errors import ArgumentError
+from per_sample._errors import ArgumentError, UnsupportedError
 from per_sample._fsdp import resharded
 
 
@@ -56,14 +57,17 @@ def set_grads(module: nn.Module, grads: Mapping[str, Tensor]) -> None:
         >>> model.weight.grad.shape
         torch.Size([1, 2])
     """
-    own = dict(resharded(module).named_parameters())
+    own = dict(resharded(module).named_parameters(remove_duplicate=False))
     check_shapes(grads, own, "grads")
     for name, x in grads.items():
-        own[name].grad = x.detach().to(own[name].dtype)
+        # A copy: what clips or zeroes gradients writes into them.
+        own[name].grad = x.detach().to(device=own[name].device, dtype=own[name].dtype, copy=True)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(resharded(module).named_parameters()), **dict(module.named_buffers())}
+    # A tied tensor by all its names.
+    parameters = resharded(module).named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def check_shapes(tensors: Any, own: Mapping[str, Tensor], what: str) -> None:
@@ -74,6 +78,10 @@ def check_shapes(tensors: Any, own: Mapping[str, Tensor], what: str) -> None:
     if unknown:
         raise ArgumentError(f"`{what}` names {few(unknown)}, which the module does not have.")
     for name, x in tensors.items():
+        if is_lazy(own[name]):
+            raise UnsupportedError(f"The parameter {name!r} is not initialised; run the module once first.")
+        if isinstance(x, Tensor) and x.is_complex() and not own[name].is_complex():
+            raise ArgumentError(f"`{what}[{name!r}]` is complex, where the module's own is real.")
         found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         if found != list(own[name].shape):
             hint = " Sum or average over the samples first." if found[1:] == list(own[name].shape) else ""

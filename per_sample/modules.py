@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError
 from per_sample._fsdp import resharded
 from per_sample._ranks import is_distributed
-from per_sample._swapped import names_in_place, swapped
+from per_sample._swapped import swapped
 from per_sample._write_back import check_shapes, few, state_of
 
 
@@ -39,7 +39,7 @@ def functional(
         forward: how the module is called, ``forward(module, *inputs)``; by default ``module(*inputs)``, and ``module(**inputs)`` for a
             single dict. Without a ``loss_fn`` it returns the loss.
         has_aux: the function returns ``(loss, aux)``, for transforms with ``has_aux``: with a ``loss_fn`` ``aux`` is the module's output;
-            without one ``forward`` returns the pair. The axis of a batch of one is taken off its tensors.
+            without one ``forward`` returns the pair. Its tensors lose a first axis of size 1, as that of a batch of one.
         keep_batch_dim: the module sees one sample as a batch of one, ``[1, *shape]``, and so does ``loss_fn``. False: it is written for a
             sample without that axis.
 
@@ -90,7 +90,6 @@ class ModuleFunction:
         self.keep_batch_dim = keep_batch_dim
         self._bound = bound
         self._call = _Call(module, forward)
-        self._batch_norms = [(name, m) for name, m in module.named_modules() if isinstance(m, _BatchNorm)]
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -165,7 +164,7 @@ class ModuleFunction:
         return self.bind({name: x.full_tensor() for name, x in found.items()}) if found else self  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        return f"ModuleFunction({type(self.module).__name__}, {len(self.params)} parameters)"
+        return f"ModuleFunction({type(self.module).__name__}, {len(list(self.module.parameters()))} parameters)"
 
     def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
         return resharded(self.module).named_parameters()
@@ -192,7 +191,8 @@ class ModuleFunction:
 
     def _check_batch_norms(self) -> None:
         """Refuse what would normalise each sample by itself here, and all of a batch together where the module is used otherwise."""
-        found = [name for name, m in self._batch_norms if m.training or m.running_mean is None]
+        norms = [(name, m) for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
+        found = [name for name, m in norms if m.training or m.running_mean is None]
         if found:
             raise BatchNormError(
                 f"{len(found)} batch norm layer(s), such as {found[0]!r}, would normalise over the batch, which mixes samples: there is no "
@@ -203,12 +203,9 @@ class ModuleFunction:
         if not isinstance(params, Mapping):
             found = f"a tensor of shape {list(params.shape)}" if isinstance(params, Tensor) else type(params).__name__
             raise ArgumentError(f"The first argument is the parameters by name, such as `loss.params`; got {found}.")
-        own = names_in_place(self.module)
-        if own is None:
-            # A function mode around the transform's caller would show the parameters in a form of its own.
-            with torch._C.DisableTorchFunction():
-                own = {name for name, p in self._named() if p.requires_grad}
-        own -= self._bound.keys()
+        # A function mode around the transform's caller would show the parameters in a form of its own.
+        with torch._C.DisableTorchFunction():
+            own = {name for name, p in self._named() if p.requires_grad and name not in self._bound}
         if params.keys() != own:
             missing, unknown = few(own - params.keys()), few(params.keys() - own)
             raise ArgumentError(

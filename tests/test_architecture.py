@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "_errors",
         "_fsdp",
+        "_generators",
         "_conversions",
         "_keys",
         "_options",

@@ -86,3 +86,18 @@ def test_containers_that_nobody_can_open_are_not_shared_by_default(kind: Any) ->
     with pytest.raises(ArgumentError, match="holds tensors but is no pytree"):
         per_sample_grad(lambda w, x, other: loss(w, x))(W, X, kind(X))
     per_sample_grad(lambda w, x, other: loss(w, x), in_dims=(None, 0, None))(W, X, kind(X))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("kind", [Tokens, Output, lambda d: [Tokens(inner=Output(d))]])
+def test_such_dicts_come_out_as_auxiliary_values(kind: Any, chunk_size: int | None) -> None:
+    def fn(w: Tensor, x: Tensor) -> Any:
+        return loss(w, x), kind({"x": 2 * x, "name": "n"})
+
+    _, aux = per_sample_grad(fn, has_aux=True, chunk_size=chunk_size)(W, X)
+    expected = kind({"x": 2 * X, "name": "n"})
+    assert type(aux) is type(expected)
+    inner, wanted = (aux[0]["inner"], expected[0]["inner"]) if isinstance(aux, list) else (aux, expected)
+    assert type(inner) is type(wanted)
+    torch.testing.assert_close(inner["x"], wanted["x"])
+    assert inner["name"] == "n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -107,29 +108,6 @@ def test_checkpointed_parts_run_again_on_the_same_parameters(block: str, transfo
         torch.testing.assert_close(found, expected)
 
 
-def test_checkpointed_parts_run_again_on_what_is_bound() -> None:
-    plain, checkpointed = pair("linears", False)
-    found = []
-    for model in (plain, checkpointed):
-        model.blocks.requires_grad_(False)
-        loss = functional(model, F.mse_loss).bind({"blocks.0.0.weight": torch.ones(6, 4, dtype=D)})
-        found.append(per_sample_grad(loss)(loss.params, *batch()))
-    torch.testing.assert_close(found[1], found[0])
-
-
-def test_a_module_used_twice_with_other_parameters() -> None:
-    model, _ = pair("linears", False)
-    loss = functional(model, F.mse_loss)
-    x, y = batch()
-
-    def both(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        other = {name: 2 * p for name, p in params.items()}
-        return loss(params, x, y) + 3 * loss(other, x, y) + loss(params, 2 * x, y)
-
-    expected = torch.func.vmap(torch.func.grad(both), (None, 0, 0))(loss.params, x, y)
-    torch.testing.assert_close(per_sample_grad(both)(loss.params, x, y), expected)
-
-
 def test_an_error_half_way_leaves_the_module_as_it_was() -> None:
     model, _ = pair("linears", False)
     before = copy.deepcopy(model.state_dict())
@@ -175,3 +153,93 @@ def test_what_a_module_assigns_to_its_buffers_is_undone_or_refused() -> None:
         per_sample_grad(loss)(loss.params, x, y)
     assert (model.steps, model.mean.sum()) == (0, 0)
     model(x)
+
+
+@pytest.mark.parametrize("kind", [False, True], ids=["without reentrance", "reentrant"])
+def test_frozen_checkpointed_parts_run_again_on_what_is_bound(kind: bool) -> None:
+    plain, checkpointed = pair("linears", kind)
+    found = []
+    for model in (plain, checkpointed):
+        model.blocks.requires_grad_(False)
+        loss = functional(model, F.mse_loss).bind({"blocks.0.0.weight": torch.ones(6, 4, dtype=D)})
+        found.append(per_sample_grad(loss)(loss.params, *batch()))
+    torch.testing.assert_close(found[1], found[0])
+
+
+Loss = Callable[..., Tensor]
+
+
+def _twice(loss: Loss, model: Blocks, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return loss(p, x, y) + 3 * loss({name: 2 * v for name, v in p.items()}, x, y) + loss(p, 2 * x, y)
+
+
+def _near_its_own(loss: Loss, model: Blocks, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return loss(p, x, y) + sum(((p[name] - own.detach()) ** 2).sum() for name, own in model.named_parameters())
+
+
+def _with_a_teacher(loss: Loss, model: Blocks, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return loss(p, x, y) + loss(p, x, model(x[None]).detach()[0])
+
+
+def _with_a_part(loss: Loss, model: Blocks, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    first = functional(model.first, forward=lambda module, x: module(x).square().sum())
+    part = {"weight": 2 * p["first.weight"], "bias": 3 * p["first.bias"]}
+    return loss(p, x, y) + first(part, x) + loss(p, x, y) + first(part, 2 * x)
+
+
+def _after_a_step(loss: Loss, model: Blocks, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    steps = torch.autograd.grad(loss(p, x, y), list(p.values()), create_graph=False)
+    return loss({name: v - 0.1 * step for (name, v), step in zip(p.items(), steps, strict=True)}, x, y)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("fn", [_twice, _near_its_own, _with_a_teacher, _with_a_part, _after_a_step])
+def test_what_else_a_function_does_with_the_module(fn: Any, checkpoints: bool) -> None:
+    plain, checkpointed = pair("linears", False)
+    model = checkpointed if checkpoints else plain
+    model.requires_grad_(True)
+    loss = functional(model, F.mse_loss)
+    x, y = batch()
+    # The oracle: a copy for each set of parameters, so that nothing is exchanged.
+    params = {name: p + 0.5 for name, p in loss.params.items()}
+    expected = []
+    for i in range(N):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        apart = functional(copy.deepcopy(plain), F.mse_loss)
+        found = torch.autograd.grad(fn(apart, copy.deepcopy(plain), leaves, x[i], y[i]), list(leaves.values()))
+        expected.append(dict(zip(leaves, found, strict=True)))
+    actual = per_sample_grad(lambda p, x, y: fn(loss, model, p, x, y))(params, x, y)
+    for name, g in actual.items():
+        torch.testing.assert_close(g, torch.stack([one[name] for one in expected]))
+
+
+def test_plain_autograd_through_checkpoints_with_other_parameters() -> None:
+    plain, checkpointed = pair("linears", False)
+    x, y = batch()
+    found = []
+    for model in (plain, checkpointed):
+        loss = functional(model, F.mse_loss)
+        leaves = {name: (p + 1).requires_grad_() for name, p in loss.params.items()}
+        found.append(torch.autograd.grad(loss(leaves, x[0], y[0]), list(leaves.values())))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_threads_take_turns() -> None:
+    model, _ = pair("linears", False)
+    loss = functional(model, F.mse_loss)
+    x, y = batch()
+    shifts = [0.0, 1.0, 2.0, 3.0]
+    params = [{name: p + shift for name, p in loss.params.items()} for shift in shifts]
+    expected = [per_sample_grad(loss)(p, x, y) for p in params]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, wanted in zip(pool.map(lambda p: per_sample_grad(loss)(p, x, y), params), expected, strict=True):
+                torch.testing.assert_close(found, wanted)
+
+
+def test_a_list_of_weights_and_a_normalised_weight_are_put_back() -> None:
+    lstm = nn.LSTM(3, 4).to(D)
+    loss = functional(lstm, forward=lambda lstm, x: lstm(x)[0].square().sum())
+    per_sample_grad(loss)(loss.params, batch()[0])
+    assert all(type(w) is nn.Parameter for w in lstm._flat_weights)
+    copy.deepcopy(lstm)(batch()[0])

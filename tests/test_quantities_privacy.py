@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from typing import Any
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -110,3 +112,38 @@ def test_one_sample_less(name, package):
         own = optree.tree_map(lambda g, j=j: g[j] * min(1.0, middle(p) / float(norms(p)[j])), p.grads)
         assert_close(minus(whole, less), own)
         assert length(own) <= middle(p) * (1 + 1e-12)
+
+
+def _generator() -> Any:
+    generator = torch.Generator().manual_seed(3)
+    return lambda: torch.randn(3, dtype=torch.float64, generator=generator)
+
+
+SOURCES = {
+    "a generator": _generator,
+    "numpy": lambda: lambda: torch.as_tensor(np.random.randn(3)),
+    "Python": lambda: lambda: torch.tensor([random.gauss(0, 1) for _ in range(3)], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_two_passes_draw_the_same_numbers_from_any_generator(source):
+    """Weights that belong to other numbers would let one sample move the sum beyond its bound."""
+    x = torch.randn(6, 3, dtype=torch.float64)
+    w = torch.zeros(3, dtype=torch.float64)
+    for make in (
+        lambda fn: per_sample.clipped_grad(fn, 1.0, memory="low", randomness="different"),
+        lambda fn: per_sample.weighted_grad(fn, lambda norms: 1 / norms, chunk_size=1, randomness="different"),
+        lambda fn: per_sample.weighted_grad(fn, lambda norms: 1 / norms, memory="low", randomness="different"),
+    ):
+        draw = SOURCES[source]()
+        transform = make(lambda w, x, draw=draw: (w * x * draw().exp()).sum() * 1e3)
+        for i in range(6):
+            torch.testing.assert_close(transform(w, x[i : i + 1]).norm(), torch.ones((), dtype=torch.float64))
+
+
+def test_a_second_pass_that_draws_other_numbers_is_refused():
+    own = np.random.default_rng(0)
+    fn = per_sample.clipped_grad(lambda w, x: (w * x * float(own.normal())).sum(), 1.0, memory="low")
+    with pytest.raises(per_sample.UnsupportedError, match="other losses when it ran a second time"):
+        fn(torch.ones(3), torch.randn(6, 3))

@@ -75,7 +75,9 @@ def weighted_grad(
             found, targets = evaluate(fn, convention, lambda targets: _given(weights, targets), args, kwargs)
             sums, _ = found.result
         else:
-            sums, _, found, targets = weighed_sum(fn, convention, lambda targets: _of_norms(weights, targets), memory, args, kwargs)
+            sums, _, found, targets = weighed_sum(
+                fn, convention, lambda targets: _of_norms(weights, targets), memory, args, kwargs, whole=True
+            )
         return found.beside([targets.structured(sums)], values=return_values, aux=has_aux)
 
     return transformed
