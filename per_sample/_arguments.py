@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
 from per_sample import _trees as trees
+from per_sample._containers import Form
 from per_sample._errors import ArgumentError, BatchSizeError, UnsupportedError
 
 Argnums = int | tuple[int, ...]
@@ -86,15 +88,17 @@ def read(args: tuple[Any, ...], argnums: Argnums, in_dims: Any, trees: Any = tre
     return Arguments(leaves, spec, dims, diff, owner, numbers, _batch_size(leaves, dims, owner))
 
 
-def _hides_tensors(leaf: Any) -> bool:
+def _hides_tensors(leaf: Any, depth: int = 4) -> bool:
     """Whether a leaf is a container of tensors that is no pytree."""
-    if dataclasses.is_dataclass(leaf) or isinstance(leaf, SimpleNamespace):
-        held: Any = vars(leaf).values() if hasattr(leaf, "__dict__") else ()
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        held: Any = [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
+    elif isinstance(leaf, SimpleNamespace):
+        held = vars(leaf).values()
     elif isinstance(leaf, Mapping):
         held = leaf.values()
     else:
-        held = leaf if isinstance(leaf, (set, frozenset)) else ()
-    return any(isinstance(x, Tensor) for x in held)
+        held = leaf if isinstance(leaf, (list, tuple, set, frozenset, deque)) else ()
+    return any(isinstance(x, Tensor) or (depth > 0 and _hides_tensors(x, depth - 1)) for x in held)
 
 
 def _argnums(argnums: Argnums, count: int) -> tuple[int, ...]:
@@ -129,7 +133,7 @@ def _broadcast_in_dims(in_dims: Any, args: tuple[Any, ...], leaves: list[Any], t
 
 
 def _check_dim(leaf: Any, dim: int | None, i: int, args: tuple[Any, ...]) -> int | None:
-    if dim is None:
+    if dim is None or type(leaf) is Form:
         return None
     if not isinstance(leaf, Tensor):
         raise ArgumentError(f"`in_dims` batches a leaf of argument {i} that is not a tensor but {type(leaf).__name__}; use None for it.")

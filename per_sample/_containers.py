@@ -5,7 +5,6 @@ They are opened outside, so that each sample gets its part, and the function ins
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable
@@ -26,12 +25,24 @@ class Padded(NamedTuple):
     lengths: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
 class Form:
-    """A container's type, and the structure that torch's own pytrees have of it; None: it is made from a dict."""
+    """How a container is made again: by the structure that torch's own pytrees have of it, or as a copy of another with its own dict."""
 
-    kind: type
-    spec: Any = None
+    __slots__ = ("attributes", "kind", "spec")
+
+    def __init__(self, kind: Any, spec: Any = None, attributes: dict[str, Any] | None = None) -> None:
+        self.kind, self.spec, self.attributes = kind, spec, attributes
+
+    def __repr__(self) -> str:
+        return f"{self.kind.__qualname__} {self.spec}"
+
+    def made_of(self, parts: Any) -> Any:
+        """The container of these parts."""
+        if self.attributes is None:
+            return pytree.tree_unflatten(parts, self.spec)
+        found = self.kind.__new__(self.kind)
+        vars(found).update(self.attributes, data=parts)
+        return found
 
 
 class Opened(NamedTuple):
@@ -101,7 +112,7 @@ def _opened(x: Any) -> Any:
     if is_packed(x):
         return Padded(*pad_packed_sequence(x, batch_first=True))
     if isinstance(x, UserDict):
-        return Opened(open_tree(dict(x.data)), Form(type(x)))
+        return Opened(open_tree(dict(x.data)), Form(type(x), None, {name: own for name, own in vars(x).items() if name != "data"}))
     parts, spec = pytree.tree_flatten(x)
     return Opened(open_tree(parts), Form(type(x), spec))
 
@@ -117,8 +128,7 @@ def _is_opened(x: Any) -> bool:
 
 def _closed(x: Any) -> Any:
     if type(x) is Opened:
-        parts = close_tree(x.parts)
-        return x.form.kind(parts) if x.form.spec is None else pytree.tree_unflatten(parts, x.form.spec)
+        return x.form.made_of(close_tree(x.parts))
     if type(x) is not Padded:
         return x
     value, lengths = (x.value, x.lengths) if x.lengths.dim() else (x.value.unsqueeze(0), x.lengths.unsqueeze(0))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from per_sample._errors import ArgumentError
 from per_sample._kernels.conv import ConvGeometry, conv_weight_grad
 
 IntOrInts = int | Sequence[int]
@@ -26,7 +27,7 @@ def conv_weight(
     """`(n, *weight_size)` for `x (n, c, *s)` and `g (n, o, *l)`."""
     geometry, extra = _geometry(d, weight_size, stride, padding, dilation, groups)
     if x.dim() != d + 2:
-        raise ValueError(f"`input` must have the axes n, c and {d} sizes; got {tuple(x.shape)}.")
+        raise ArgumentError(f"`input` must have the axes n, c and {d} sizes; got {tuple(x.shape)}.")
     _check_channels(weight_size, x.shape[1], groups)
     x = _pad_end(x, extra)
     expect("grad_output", g, (x.shape[0], weight_size[0], *geometry.locations(x.shape[2:])))
@@ -46,7 +47,7 @@ def conv_input(
     """`(n, c, *s)` for `weight (o, c / groups, *k)` and `g (n, o, *l)`."""
     geometry, extra = _geometry(d, weight.shape, stride, padding, dilation, groups)
     if len(input_size) != d + 2:
-        raise ValueError(f"`input_size` must be n, c and {d} sizes; got {tuple(input_size)}.")
+        raise ArgumentError(f"`input_size` must be n, c and {d} sizes; got {tuple(input_size)}.")
     _check_channels(weight.shape, input_size[1], groups)
     n, c, *sizes = input_size
     padded = [size + end for size, end in zip(sizes, extra, strict=True)]
@@ -64,7 +65,7 @@ def conv_input(
 def expect(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     """Raise unless the tensor has this shape."""
     if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"`{name}` must have the shape {tuple(shape)}; got {tuple(tensor.shape)}.")
+        raise ArgumentError(f"`{name}` must have the shape {tuple(shape)}; got {tuple(tensor.shape)}.")
 
 
 def _geometry(
@@ -77,21 +78,21 @@ def _geometry(
 ) -> tuple[ConvGeometry, tuple[int, ...]]:
     """The geometry, and the zeros that "same" puts at the end of each axis beyond those at both ends."""
     if len(weight_size) != d + 2:
-        raise ValueError(f"The weight must have the axes o, i and {d} sizes; got {tuple(weight_size)}.")
+        raise ArgumentError(f"The weight must have the axes o, i and {d} sizes; got {tuple(weight_size)}.")
     kernel = tuple(weight_size[2:])
     strides, dilations = _each("stride", stride, d, 1), _each("dilation", dilation, d, 1)
     if groups < 1:
-        raise ValueError(f"`groups` must be at least 1; got {groups}.")
+        raise ArgumentError(f"`groups` must be at least 1; got {groups}.")
     extra: tuple[int, ...] = (0,) * d
     if padding == "same":
         if any(step != 1 for step in strides):
-            raise ValueError(f'`padding="same"` needs a stride of 1; got {stride}.')
+            raise ArgumentError(f'`padding="same"` needs a stride of 1; got {stride}.')
         total = [step * (k - 1) for step, k in zip(dilations, kernel, strict=True)]
         paddings, extra = tuple(p // 2 for p in total), tuple(p % 2 for p in total)
     elif padding == "valid":
         paddings = (0,) * d
     elif isinstance(padding, str):
-        raise ValueError(f'`padding` must be integers, "same" or "valid"; got {padding!r}.')
+        raise ArgumentError(f'`padding` must be integers, "same" or "valid"; got {padding!r}.')
     else:
         paddings = _each("padding", padding, d, 0)
     return ConvGeometry(kernel, strides, paddings, dilations, groups), extra
@@ -101,13 +102,13 @@ def _each(name: str, value: IntOrInts, d: int, least: int) -> tuple[int, ...]:
     values = (value,) * d if isinstance(value, int) else tuple(value)
     values = values * d if len(values) == 1 else values
     if len(values) != d or any(entry < least for entry in values):
-        raise ValueError(f"`{name}` must be an integer or {d} integers, each at least {least}; got {value}.")
+        raise ArgumentError(f"`{name}` must be an integer or {d} integers, each at least {least}; got {value}.")
     return values
 
 
 def _check_channels(weight_size: Sequence[int], channels: int, groups: int) -> None:
     if weight_size[1] * groups != channels or weight_size[0] % groups:
-        raise ValueError(
+        raise ArgumentError(
             f"The weight {tuple(weight_size)} with {groups} groups needs {weight_size[1] * groups} input "
             f"channels, and output channels that the groups divide; got {channels} input channels."
         )

@@ -18,6 +18,7 @@ from per_sample._containers import close_tree, opened
 from per_sample._errors import DataDependentError
 from per_sample._factors import Dense
 from per_sample._run import Program
+from per_sample._skipped import skip
 from per_sample._targets import Convention, Quantity, Targets
 from per_sample.quantities.leaf import LeafGrads
 
@@ -103,6 +104,11 @@ def evaluate_here(
     program = Program(fn, kwargs, convention.has_aux, convention.keep_batch_dim, convention.randomness, convention.jacobian)
     with nullcontext() if ranks is None else ranks.random(), _distributed.mixtures_refused():
         return _evaluate(program, arguments, targets, quantity, convention.chunk_size), targets, quantity
+
+
+# Where dynamo gives a program up, it compiles what that calls; these run as they are.
+skip(prepared)
+skip(evaluate_here)
 
 
 def _evaluate(program: Program, arguments: Arguments, targets: Targets, quantity: Quantity, chunk_size: int | None) -> Evaluation:

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from per_sample._errors import ArgumentError
+
 CONV_ALGORITHMS = ("fold", "fold_merged", "group", "unfold", "onednn")
 
 
@@ -62,7 +64,7 @@ def options(
         A context manager that yields the options in force.
 
     Raises:
-        ValueError: the algorithm is unknown, `scratch_bytes` is not a positive integer, `split_batch` not a bool, or `progress` neither
+        ArgumentError: the algorithm is unknown, `scratch_bytes` is not a positive integer, `split_batch` not a bool, or `progress` neither
             a bool nor callable.
         ImportError: `progress=True`, and tqdm is not installed.
 
@@ -73,13 +75,13 @@ def options(
     """
     if conv_algorithm is not None and conv_algorithm not in CONV_ALGORITHMS:
         allowed = ", ".join(map(repr, CONV_ALGORITHMS))
-        raise ValueError(f"`conv_algorithm` must be one of {allowed}; got {conv_algorithm!r}.")
+        raise ArgumentError(f"`conv_algorithm` must be one of {allowed}; got {conv_algorithm!r}.")
     if scratch_bytes is not None and (type(scratch_bytes) is not int or scratch_bytes <= 0):
-        raise ValueError(f"`scratch_bytes` must be a positive integer; got {scratch_bytes!r}.")
+        raise ArgumentError(f"`scratch_bytes` must be a positive integer; got {scratch_bytes!r}.")
     if split_batch is not None and type(split_batch) is not bool:
-        raise ValueError(f"`split_batch` must be a bool; got {split_batch!r}.")
+        raise ArgumentError(f"`split_batch` must be a bool; got {split_batch!r}.")
     if progress is not None and type(progress) is not bool and not callable(progress):
-        raise ValueError(f"`progress` must be a bool, or a function that is called as tqdm is; got {progress!r}.")
+        raise ArgumentError(f"`progress` must be a bool, or a function that is called as tqdm is; got {progress!r}.")
     outer = _current.get()
     settings = Options(
         conv_algorithm or outer.conv_algorithm,

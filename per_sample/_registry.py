@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from per_sample._errors import RuleError
 
@@ -38,8 +38,7 @@ def on_change(listener: Callable[[OpOverload], None]) -> None:
 
 def register(op: OpOverload, run: Callable[..., Any], route: str, *, override: bool = False) -> None:
     """Put a rule into the table."""
-    if not isinstance(op, OpOverload):
-        raise RuleError(f"A rule is keyed by an op overload such as `torch.ops.aten.mm.default`; got {op!r}.")
+    _check_op(op)
     if op in TABLE and not override:
         raise RuleError(f"`{op}` already has the rule `{TABLE[op].run.__qualname__}`; pass `override=True` to replace it.")
     # None where it was defined by `exec`.
@@ -47,6 +46,12 @@ def register(op: OpOverload, run: Callable[..., Any], route: str, *, override: b
     TABLE[op] = Rule(run, route, foreign)
     for listener in _listeners:
         listener(op)
+
+
+def _check_op(op: Any) -> None:
+    if not isinstance(op, OpOverload):
+        hint = f" Of `{op}`, name an overload: `{op}.default`." if isinstance(op, OpOverloadPacket) else ""
+        raise RuleError(f"A rule is keyed by an op overload such as `torch.ops.aten.mm.default`; got {op!r}.{hint}")
 
 
 def rule(*ops: OpOverload, override: bool = False) -> Callable[[F], F]:
@@ -73,10 +78,13 @@ def rule(*ops: OpOverload, override: bool = False) -> Callable[[F], F]:
         ...     return self.physical.diagonal(dim1=1, dim2=2).sum(-1)
     """
 
+    for op in ops:
+        _check_op(op)
+    if not ops:
+        raise RuleError("A rule is for an op: `@rule(torch.ops.mylib.scale.default)`.")
+
     def decorate(function: F) -> F:
         for op in ops:
-            if not isinstance(op, OpOverload):
-                raise RuleError(f"A rule is keyed by an op overload such as `torch.ops.aten.mm.default`; got {op!r}.")
             _check_signature(op, function)
             register(op, function, "rule", override=override)
         return function

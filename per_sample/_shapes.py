@@ -15,15 +15,24 @@ from per_sample._factors import Factor
 
 def check_result(op: Any, args: Any, kwargs: Any, out: Any, n: int) -> None:
     """Raise ``RuleError`` unless a rule's result has the shapes and dtypes that the op itself would give for each sample."""
+    results = out if isinstance(out, (tuple, list)) else (out,)
+    returns = op._schema.returns
+    several = len(returns) != 1 or isinstance(returns[0].type, torch.ListType)
+    if isinstance(out, (tuple, list)) is not several and returns and len(results) == max(1, len(returns)):
+        raise RuleError(f"The rule of `{op}` returned {type(out).__name__}; the op gives {'a tuple' if several else 'a tensor'}.")
     expected = _for_one_sample(op, args, kwargs)
     if expected is None:
-        return
-    results = out if isinstance(out, (tuple, list)) else (out,)
-    wanted = expected if isinstance(expected, (tuple, list)) else (expected,)
+        wanted: Any = [_SOME] * len(results) if several and len(returns) == 1 else [_SOME] * len(returns)
+    else:
+        wanted = expected if isinstance(expected, (tuple, list)) else (expected,)
     if len(results) != len(wanted):
         raise RuleError(f"The rule of `{op}` returned {len(results)} results; the op has {len(wanted)}.")
     for got, want in zip(results, wanted, strict=True):
-        if not isinstance(want, Tensor) or got is None:
+        if got is None and want is not None:
+            raise RuleError(
+                f"The rule of `{op}` returned None where the op gives a tensor; `NotImplemented` leaves a case to the fallback."
+            )
+        if not isinstance(want, Tensor):
             continue
         if isinstance(got, Factor):
             shape = (n, *got.shape)
@@ -39,6 +48,10 @@ def check_result(op: Any, args: Any, kwargs: Any, out: Any, n: int) -> None:
             )
         if isinstance(got, Tensor) and got.dtype != want.dtype:
             raise RuleError(f"The rule of `{op}` returned dtype {got.dtype}; the op gives {want.dtype}.")
+
+
+# A result of which nothing is known.
+_SOME = object()
 
 
 def _for_one_sample(op: Any, args: Any, kwargs: Any) -> Any:

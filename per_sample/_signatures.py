@@ -7,7 +7,7 @@ samples along its first axis and ``shape``, that of a parameter or of one sample
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, Protocol, TypedDict, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypedDict, TypeVar
 
 # The parameters of the wrapped function, and what it returns.
 P = ParamSpec("P")
@@ -15,12 +15,18 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 
+# The words that options take.
+Randomness = Literal["error", "different", "same"]
+Memory = Literal["fast", "low"]
+Across = Literal["samples", "sum", "whole"]
+
+
 class RunOptions(TypedDict, total=False):
     """The options of every transform that do not change the type of its result."""
 
     keep_batch_dim: bool
     chunk_size: int | None
-    randomness: str
+    randomness: Randomness
 
 
 class Forward(Protocol[P, R_co]):

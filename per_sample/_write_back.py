@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from per_sample._errors import ArgumentError, UnsupportedError
 from per_sample._fsdp import resharded
+from per_sample._ranks import is_distributed
 
 
 def load_back(module: nn.Module, params: Mapping[str, Tensor]) -> None:
@@ -35,7 +36,7 @@ def load_back(module: nn.Module, params: Mapping[str, Tensor]) -> None:
     check_shapes(params, own, "params")
     with torch.no_grad():
         for name, x in params.items():
-            own[name].copy_(x)
+            own[name].copy_(_like(x, own[name]))
 
 
 def set_grads(module: nn.Module, grads: Mapping[str, Tensor]) -> None:
@@ -61,7 +62,12 @@ def set_grads(module: nn.Module, grads: Mapping[str, Tensor]) -> None:
     check_shapes(grads, own, "grads")
     for name, x in grads.items():
         # A copy: what clips or zeroes gradients writes into them.
-        own[name].grad = x.detach().to(device=own[name].device, dtype=own[name].dtype, copy=True)
+        own[name].grad = _like(x, own[name]).detach().to(device=own[name].device, dtype=own[name].dtype, copy=True)
+
+
+def _like(x: Tensor, own: Tensor) -> Tensor:
+    """A tensor that is spread over processes as a whole one, where the module's own is plain."""
+    return x.full_tensor() if is_distributed(x) and not is_distributed(own) else x  # type: ignore[attr-defined]
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

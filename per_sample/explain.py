@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from per_sample._arguments import Argnums, Arguments
     from per_sample._record import Leaf
-    from per_sample._signatures import P
+    from per_sample._signatures import P, Randomness
 
 __all__ = ["Advice", "Explanation", "Op", "Parameter", "Question", "Run", "explain"]
 
@@ -36,7 +36,7 @@ def explain(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Explanation]:
     """Transform a per-sample loss into a function that reports how a transform of it runs, what that costs, and what would help.
 

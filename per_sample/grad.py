@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from per_sample._conv_arguments import conv_input, conv_weight, expect
+from per_sample._errors import ArgumentError
 from per_sample._kernels.outer import outer_product
 from per_sample._kernels.rows import scatter_rows
 
@@ -49,7 +50,7 @@ def conv1d_weight(
         `(n, o, c / groups, k)`.
 
     Raises:
-        ValueError: a shape or a setting does not fit the others.
+        ArgumentError: a shape or a setting does not fit the others.
 
     Example:
         >>> conv1d_weight(torch.ones(4, 2, 7), (3, 2, 3), torch.ones(4, 3, 5)).shape
@@ -81,7 +82,7 @@ def conv1d_input(
         `(n, c, s)`.
 
     Raises:
-        ValueError: a shape or a setting does not fit the others.
+        ArgumentError: a shape or a setting does not fit the others.
 
     Example:
         >>> conv1d_input((4, 2, 7), torch.ones(3, 2, 3), torch.ones(4, 3, 5)).shape
@@ -113,7 +114,7 @@ def conv2d_weight(
         `(n, o, c / groups, k0, k1)`.
 
     Raises:
-        ValueError: a shape or a setting does not fit the others.
+        ArgumentError: a shape or a setting does not fit the others.
 
     Example:
         >>> conv2d_weight(torch.ones(4, 2, 7, 8), (3, 2, 3, 2), torch.ones(4, 3, 5, 7)).shape
@@ -145,7 +146,7 @@ def conv2d_input(
         `(n, c, s0, s1)`.
 
     Raises:
-        ValueError: a shape or a setting does not fit the others.
+        ArgumentError: a shape or a setting does not fit the others.
 
     Example:
         >>> conv2d_input((4, 2, 7, 8), torch.ones(3, 2, 3, 2), torch.ones(4, 3, 5, 7)).shape
@@ -177,7 +178,7 @@ def conv3d_weight(
         `(n, o, c / groups, k0, k1, k2)`.
 
     Raises:
-        ValueError: a shape or a setting does not fit the others.
+        ArgumentError: a shape or a setting does not fit the others.
 
     Example:
         >>> conv3d_weight(torch.ones(4, 2, 7, 8, 4), (3, 2, 3, 2, 1), torch.ones(4, 3, 5, 7, 4)).shape
@@ -209,7 +210,7 @@ def conv3d_input(
         `(n, c, s0, s1, s2)`.
 
     Raises:
-        ValueError: a shape or a setting does not fit the others.
+        ArgumentError: a shape or a setting does not fit the others.
 
     Example:
         >>> conv3d_input((4, 2, 7, 8, 4), torch.ones(3, 2, 3, 2, 1), torch.ones(4, 3, 5, 7, 4)).shape
@@ -232,17 +233,17 @@ def linear_weight(input: Tensor, weight_size: Sequence[int], grad_output: Tensor
         `(n, o, i)`.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ArgumentError: the shapes do not fit each other.
 
     Example:
         >>> linear_weight(torch.ones(4, 7, 2), (3, 2), torch.ones(4, 7, 3)).shape
         torch.Size([4, 3, 2])
     """
     if len(weight_size) != 2:
-        raise ValueError(f"`weight_size` must be (o, i); got {tuple(weight_size)}.")
+        raise ArgumentError(f"`weight_size` must be (o, i); got {tuple(weight_size)}.")
     o, i = weight_size
     if input.dim() < 2 or input.shape[-1] != i:
-        raise ValueError(f"`input` must be (n, *, {i}) for the weight ({o}, {i}); got {tuple(input.shape)}.")
+        raise ArgumentError(f"`input` must be (n, *, {i}) for the weight ({o}, {i}); got {tuple(input.shape)}.")
     expect("grad_output", grad_output, (*input.shape[:-1], o))
     if input.dim() == 2:
         input, grad_output = input[:, None], grad_output[:, None]
@@ -271,7 +272,7 @@ def embedding_weight(
         `(n, v, d)`.
 
     Raises:
-        ValueError: the shapes do not fit each other, or `padding_idx` is no row of the weight.
+        ArgumentError: the shapes do not fit each other, or `padding_idx` is no row of the weight.
 
     Example:
         >>> embedding_weight(torch.tensor([[0, 2], [2, 2]]), (3, 1), torch.ones(2, 2, 1)).squeeze(-1)
@@ -279,13 +280,13 @@ def embedding_weight(
                 [0., 0., 2.]])
     """
     if len(weight_size) != 2:
-        raise ValueError(f"`weight_size` must be (v, d); got {tuple(weight_size)}.")
+        raise ArgumentError(f"`weight_size` must be (v, d); got {tuple(weight_size)}.")
     v, d = weight_size
     if indices.dim() == 0 or indices.is_floating_point() or indices.is_complex():
-        raise ValueError(f"`indices` must be integers (n, *); got {indices.dtype} {tuple(indices.shape)}.")
+        raise ArgumentError(f"`indices` must be integers (n, *); got {indices.dtype} {tuple(indices.shape)}.")
     expect("grad_output", grad_output, (*indices.shape, d))
     if padding_idx is not None and not -v <= padding_idx < v:
-        raise ValueError(f"`padding_idx` must be within [{-v}, {v}); got {padding_idx}.")
+        raise ArgumentError(f"`padding_idx` must be within [{-v}, {v}); got {padding_idx}.")
     index = (indices.flatten(1) if indices.dim() > 1 else indices[:, None]).long()
     grads = grad_output.reshape(*index.shape, d)
     if scale_grad_by_freq:

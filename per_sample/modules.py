@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -273,6 +273,7 @@ def _batch_of_one(tree: Any) -> Any:
 
 
 def _detached(name: str, param: Tensor) -> Tensor:
-    if is_lazy(param):
+    # Not by `is_lazy`, which `torch.compile` does not know.
+    if isinstance(param, UninitializedTensorMixin):
         raise UnsupportedError(f"The parameter {name!r} is not initialised; run the module once first.")
     return param.detach()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
 
     from per_sample._arguments import Argnums
+    from per_sample._signatures import Randomness
 
 
 def assert_matches_reference(
@@ -31,7 +32,7 @@ def assert_matches_reference(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
     rtol: float | None = None,
     atol: float | None = None,
     **kwargs: Any,

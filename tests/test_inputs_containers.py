@@ -81,7 +81,24 @@ def test_such_a_dict_cannot_be_differentiated(kind: Any) -> None:
         per_sample_grad(lambda p, x: loss(p["w"], x))(kind({"w": W}), X)
 
 
-@pytest.mark.parametrize("kind", [Unregistered, lambda x: SimpleNamespace(x=x), lambda x: MappingProxyType({"x": x}), lambda x: {"s": {x}}])
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    x: Any
+
+
+HIDDEN = [
+    Unregistered,
+    Slotted,
+    lambda x: Unregistered([x]),  # type: ignore[arg-type]
+    lambda x: Slotted({"x": (x,)}),
+    lambda x: Unregistered(Slotted(x)),  # type: ignore[arg-type]
+    lambda x: SimpleNamespace(x=x),
+    lambda x: MappingProxyType({"x": x}),
+    lambda x: {"s": {x}},
+]
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
 def test_containers_that_nobody_can_open_are_not_shared_by_default(kind: Any) -> None:
     with pytest.raises(ArgumentError, match="holds tensors but is no pytree"):
         per_sample_grad(lambda w, x, other: loss(w, x))(W, X, kind(X))
@@ -101,3 +118,17 @@ def test_such_dicts_come_out_as_auxiliary_values(kind: Any, chunk_size: int | No
     assert type(inner) is type(wanted)
     torch.testing.assert_close(inner["x"], wanted["x"])
     assert inner["name"] == "n"
+
+
+@pytest.mark.parametrize("kind", [Tokens, Output])
+def test_the_axis_of_what_such_a_dict_holds(kind: Any) -> None:
+    actual = per_sample_grad(lambda w, b: loss(w, b.x), in_dims=(None, 1))(W, kind({"x": X.T.contiguous()}))
+    assert_close(actual, loop(loss, (0,), (None, 0))(W, X)[0])
+
+
+def test_attributes_beside_the_dict_are_kept() -> None:
+    batch = Tokens({"x": X})
+    batch.source = "here"
+    seen = []
+    per_sample_grad(lambda w, b: (seen.append(b.source), loss(w, b.x))[1])(W, batch)
+    assert set(seen) == {"here"}

@@ -419,3 +419,63 @@ def test_raw_errors_have_notes_where_a_module_was_misunderstood() -> None:
     with pytest.raises(TypeError) as caught:
         per_sample_grad(model)(functional(model, F.cross_entropy).params, x, y)
     assert any("functional(module, loss_fn)" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_a_frozen_encoder_with_padding_is_refused_while_torch_would_fuse_it(grad_mode: bool) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(8, 1)}).double().eval()
+    encoder.requires_grad_(False)
+    x, mask = torch.randn(N, 4, 8, dtype=torch.float64), torch.zeros(N, 4, dtype=torch.bool)
+
+    def forward(model: Any, x: Tensor, mask: Tensor) -> Tensor:
+        with torch.set_grad_enabled(grad_mode):
+            h = model["encoder"](x, src_key_padding_mask=mask)
+        return model["head"](h.mean(1)).sum()
+
+    loss = functional(model, forward=forward)
+    check(per_sample_grad(loss)(loss.params, x, mask), looped(model, lambda i: forward(model, one(x, i), one(mask, i))))
+    mask[1, 2:] = True
+    with pytest.raises(UnsupportedError, match="set_fastpath_enabled"):
+        per_sample_grad(loss)(loss.params, x, mask)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        check(per_sample_grad(loss)(loss.params, x, mask), looped(model, lambda i: forward(model, one(x, i), one(mask, i))))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    encoder.requires_grad_(True)
+    if grad_mode:
+        check(per_sample_grad(loss)(loss.params, x, mask), looped(model, lambda i: forward(model, one(x, i), one(mask, i))))
+
+
+def test_parameters_can_be_read_in_a_compiled_function() -> None:
+    model, (x, y) = network(), images()
+    loss = functional(model, F.cross_entropy)
+    step = torch.compile(lambda x, y: per_sample_grad_norm(loss)(loss.params, x, y), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(x, y), per_sample_grad_norm(loss)(loss.params, x, y))
+
+
+def test_an_error_in_a_compiled_program_is_itself_and_passes() -> None:
+    model, (x, y) = network(), images()
+    loss = functional(model, F.cross_entropy)
+    wrong = [False]
+
+    def fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        if wrong[0]:
+            raise ValueError("mine")
+        return loss(params, x, y)
+
+    step = torch.compile(lambda p, x, y: per_sample_grad_norm(fn)(p, x, y), backend="aot_eager")
+    expected = per_sample_grad_norm(loss)(loss.params, x, y)
+    torch.testing.assert_close(step(loss.params, x, y), expected)
+    wrong[0] = True
+    with pytest.raises(ValueError, match="mine"):
+        step(loss.params, x, y)
+    wrong[0] = False
+    torch.testing.assert_close(step(loss.params, x, y), expected)
+    model.train()
+    with pytest.raises(BatchNormError):
+        step(loss.params, x, y)
+    model.eval()
+    torch.testing.assert_close(step(loss.params, x, y), expected)

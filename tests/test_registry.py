@@ -69,6 +69,8 @@ def test_a_custom_op_with_a_rule(table):
         (lambda x, factor: x.physical.double(), "float64"),
         (lambda x, factor: (x.physical, x.physical), "2 results"),
         (lambda x, factor: 3, "int"),
+        (lambda x, factor: None, "None where the op gives a tensor"),
+        (lambda x, factor: (x.physical * factor,), "tuple; the op gives a tensor"),
     ],
 )
 def test_a_rule_that_returns_the_wrong_thing(table, wrong, pattern):
@@ -199,3 +201,28 @@ def test_a_rule_may_come_from_a_namespace_without_a_name(table):
     exec("@rule(SCALE)\ndef scale_rule(x, factor):\n    return x.physical * factor + 1", space)
     assert per_sample_grad(lambda w, x: scale(w * x, 3.0).sum(), has_aux=False)(W, X).shape == (4, 3)
     assert "loop" not in explain(loss)(W, X).routes()
+
+
+def test_a_rule_that_forgets_a_result(table):
+    @torch.library.custom_op("per_sample_tests::both", mutates_args=())
+    def both(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * w, x + w
+
+    @rule(torch.ops.per_sample_tests.both.default)
+    def both_rule(x, w):
+        return per_sample.physical(x, 4) * per_sample.physical(w, 4), None
+
+    with pytest.raises(per_sample.RuleError, match="None where the op gives a tensor"):
+        per_sample_grad(lambda w, x: both(x, w.detach())[0].sum() * w.sum())(W, X)
+
+
+def test_a_rule_is_for_an_overload():
+    with pytest.raises(per_sample.RuleError, match=r"Of `per_sample_tests\.scale`, name an overload"):
+        rule(torch.ops.per_sample_tests.scale)
+    with pytest.raises(per_sample.RuleError, match="A rule is for an op"):
+        rule()
+    with pytest.raises(per_sample.RuleError, match="keyed by an op overload"):
+
+        @rule
+        def without_parentheses(x, factor):
+            return x.physical * factor

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from per_sample._errors import ArgumentError
 from per_sample._kernels.conv_algorithms import ALGORITHMS, unfold
 from per_sample._kernels.conv_choice import choose_conv, plan_conv
 from per_sample._kernels.conv_geometry import ConvGeometry
@@ -41,7 +42,7 @@ def conv_weight_grad(x: Tensor, g: Tensor, geometry: ConvGeometry, *, functional
         `(n, o, c / groups, *k)`.
 
     Raises:
-        ValueError: the shapes do not fit the geometry, or the option `conv_algorithm` names one that does not
+        ArgumentError: the shapes do not fit the geometry, or the option `conv_algorithm` names one that does not
             serve this case.
     """
     functional = functional or must_be_functional(x, g)
@@ -101,7 +102,7 @@ def missing_locations(x_shape: Any, g_shape: Any, geometry: ConvGeometry) -> tup
     locations = geometry.locations(x_shape[3:])
     missing = [there - given for there, given in zip(locations, g_shape[3:], strict=True)]
     if x_shape[:2] != g_shape[:2] or any(count < 0 for count in missing):
-        raise ValueError(
+        raise ArgumentError(
             f"The output gradient {tuple(g_shape)} does not fit the input {tuple(x_shape)}: expected "
             f"{(*x_shape[:2], g_shape[2], *locations)} or less along the last {len(locations)} axes."
         )

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from per_sample._errors import ArgumentError
 from per_sample._kernels.conv_algorithms import better_transposed, merged_groups
 from per_sample._kernels.conv_geometry import ConvGeometry
 from per_sample._kernels.onednn import available, fast_mm
@@ -150,7 +151,7 @@ def _choose_narrow(channels: int, outputs: int, taps: int, locations: Shape, pre
 def _check(name: str, geometry: ConvGeometry, dtype: torch.dtype, device: torch.device, functional: bool) -> None:
     """Raise where an algorithm that the caller asked for cannot serve."""
     if dtype.is_complex and name != "unfold":
-        raise ValueError(f"The algorithm {name!r} has no {dtype}; allowed: 'unfold'.")
+        raise ArgumentError(f"The algorithm {name!r} has no {dtype}; allowed: 'unfold'.")
     if name != "onednn":
         return
     reasons = {
@@ -161,6 +162,6 @@ def _check(name: str, geometry: ConvGeometry, dtype: torch.dtype, device: torch.
     }
     for reason, unsuitable in reasons.items():
         if unsuitable:
-            raise ValueError(f"The algorithm 'onednn' does not serve {reason}.")
+            raise ArgumentError(f"The algorithm 'onednn' does not serve {reason}.")
     if not available():
-        raise ValueError("The algorithm 'onednn' needs an operator that this build of torch lacks.")
+        raise ArgumentError("The algorithm 'onednn' needs an operator that this build of torch lacks.")

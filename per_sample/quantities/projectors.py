@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from per_sample._errors import ArgumentError
 from per_sample._kernels.hashed import below, key, normal, signs
 
 _KINDS = {"gaussian": 1, "rademacher": 2, "sparse": 3, "left": 4, "right": 5}
@@ -54,7 +55,7 @@ def _check_numbers(projector: object, **numbers: int) -> None:
     for name, number in numbers.items():
         if type(number) is not int or not (-(2**63) if name == "seed" else 1) <= number < 2**63:
             wanted = "an integer of 64 bits" if name == "seed" else "a positive integer"
-            raise ValueError(f"`{name}` of {type(projector).__name__} must be {wanted}; got {number!r}.")
+            raise ArgumentError(f"`{name}` of {type(projector).__name__} must be {wanted}; got {number!r}.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class SparseProjector(Projector):
     def __post_init__(self) -> None:
         _check_numbers(self, k=self.k, seed=self.seed, nonzeros=self.nonzeros)
         if not self.nonzeros <= self.k < 2**31:
-            raise ValueError(f"SparseProjector needs nonzeros <= k < 2**31; got nonzeros={self.nonzeros} and k={self.k}.")
+            raise ArgumentError(f"SparseProjector needs nonzeros <= k < 2**31; got nonzeros={self.nonzeros} and k={self.k}.")
 
     def targets(self, leaf: int, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Where each element goes and by what it is multiplied, both ``[nonzeros, *places.shape]``."""

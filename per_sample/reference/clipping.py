@@ -12,7 +12,7 @@ from torch import Tensor
 
 from per_sample import _trees as trees
 from per_sample._errors import ArgumentError, NonFiniteWarning
-from per_sample._signatures import P
+from per_sample._signatures import Memory, P, Randomness
 from per_sample.reference.dense import dense_gradients, norms_of, weighted_sums
 from per_sample.reference.sums import check_memory
 
@@ -69,11 +69,11 @@ class clipped_grad(Generic[P]):
         stability: float = 0.01,
         return_norms: bool = False,
         return_values: bool = False,
-        memory: str = "fast",
+        memory: Memory = "fast",
         has_aux: bool = False,
         keep_batch_dim: bool = False,
         chunk_size: int | None = None,
-        randomness: str = "error",
+        randomness: Randomness = "error",
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
         check_memory(memory)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums, Arguments
-    from per_sample._signatures import P
+    from per_sample._signatures import P, Randomness
 
 
 def per_sample_grad(
@@ -26,7 +26,7 @@ def per_sample_grad(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.per_sample_grad`` by ``vmap(grad(fn))``.
 
@@ -71,7 +71,7 @@ def per_sample_grad_and_value(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_and_value`` by ``vmap(grad_and_value(fn))``.
 
@@ -123,7 +123,7 @@ def per_sample_jacobian(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.per_sample_jacobian`` by ``vmap(jacrev(fn))``.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
-    from per_sample._signatures import P
+    from per_sample._signatures import Across, P, Randomness
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -104,11 +104,11 @@ def per_sample_grad_map(
     in_dims: Any = None,
     *,
     trees: Sequence[Any] = (),
-    across: str = "samples",
+    across: Across = "samples",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_map`` by ``vmap(grad(fn))`` and a call for each leaf.
 

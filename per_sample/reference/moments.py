@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums
-    from per_sample._signatures import P
+    from per_sample._signatures import P, Randomness
 
 
 def grad_second_moment(
@@ -24,7 +24,7 @@ def grad_second_moment(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.grad_second_moment`` by ``vmap(grad(fn))`` and the mean of the squares.
 
@@ -71,7 +71,7 @@ def grad_variance(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.grad_variance`` by ``vmap(grad(fn))`` and the variance over the samples.
 
@@ -122,7 +122,7 @@ def gradient_noise_scale(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.gradient_noise_scale`` by ``vmap(grad(fn))``, the mean and the spread around it.
 

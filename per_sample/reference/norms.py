@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums
-    from per_sample._signatures import P
+    from per_sample._signatures import P, Randomness
 
 
 def per_sample_grad_norm(
@@ -26,7 +26,7 @@ def per_sample_grad_norm(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_norm`` by ``vmap(grad(fn))`` and a norm of each row.
 

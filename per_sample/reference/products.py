@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from per_sample._arguments import Argnums
-    from per_sample._signatures import P
+    from per_sample._signatures import P, Randomness
 
 
 def per_sample_grad_dot(
@@ -29,7 +29,7 @@ def per_sample_grad_dot(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.per_sample_grad_dot`` by ``vmap(grad(fn))`` and a product of each row with the direction.
 
@@ -79,7 +79,7 @@ def grad_gram(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.grad_gram`` by ``vmap(grad(fn))`` and one matrix product.
 
@@ -137,7 +137,7 @@ def projected_grad(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """``per_sample.projected_grad`` by ``vmap(grad(fn))`` and a product with each leaf's random matrix.
 

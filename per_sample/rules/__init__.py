@@ -12,6 +12,7 @@ from per_sample.rules import (  # noqa: F401
     data,
     embedding,
     embedding_bag,
+    encoder,
     experts,
     factory,
     in_place,

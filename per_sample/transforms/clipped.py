@@ -15,7 +15,7 @@ from per_sample import _trees as trees
 from per_sample._batches import rows
 from per_sample._errors import ArgumentError, NonFiniteWarning
 from per_sample._kernels.functional import must_be_functional
-from per_sample._signatures import P
+from per_sample._signatures import Memory, P, Randomness
 from per_sample._targets import Convention, Targets
 from per_sample._weighing import Weighed, Weighing, Weights, check_memory, weighed_sum
 from per_sample.quantities.combined import widest
@@ -53,11 +53,11 @@ def clipped_grad(
     stability: float = 0.01,
     return_norms: bool = False,
     return_values: bool = False,
-    memory: str = "fast",
+    memory: Memory = "fast",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> ClippedGrad[P]:
     """Transform the loss of one sample into a function that returns the sum of the samples' clipped gradients, from one backward pass.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from per_sample._arguments import Argnums
     from per_sample._ranks import Ranks
-    from per_sample._signatures import P
+    from per_sample._signatures import P, Randomness
     from per_sample.quantities.leaf import LeafGrads
 
 
@@ -29,7 +29,7 @@ def per_sample_jacobian(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """Transform a function of one sample with several outputs into one that returns every sample's Jacobian.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from per_sample._arguments import Argnums
     from per_sample._ranks import Ranks
-    from per_sample._signatures import P, RunOptions
+    from per_sample._signatures import Across, P, Randomness, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 ACROSS = ("samples", "sum", "whole")
@@ -30,7 +30,7 @@ def per_sample_grad_map(
     argnums: Argnums = ...,
     in_dims: Any = ...,
     *,
-    across: str = ...,
+    across: Across = ...,
     has_aux: bool = ...,
     **options: Unpack[RunOptions],
 ) -> Callable[P, Any]: ...
@@ -42,7 +42,7 @@ def per_sample_grad_map(
     in_dims: Any = ...,
     *,
     trees: Sequence[Any],
-    across: str = ...,
+    across: Across = ...,
     has_aux: bool = ...,
     **options: Unpack[RunOptions],
 ) -> Callable[P, Any]: ...
@@ -53,11 +53,11 @@ def per_sample_grad_map(
     in_dims: Any = None,
     *,
     trees: Sequence[Any] = (),
-    across: str = "samples",
+    across: Across = "samples",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[..., Any]:
     """Transform the loss of one sample into a function that returns a quantity of your own of every leaf's gradients.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from per_sample._arguments import Argnums
     from per_sample._ranks import Ranks
-    from per_sample._signatures import P, RunOptions
+    from per_sample._signatures import P, Randomness, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
@@ -59,7 +59,7 @@ def per_sample_grad_norm(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[..., Any]:
     """Transform the loss of one sample into a function that returns the norm of every sample's gradient, without storing a gradient.
 

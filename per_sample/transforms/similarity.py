@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from per_sample._arguments import Argnums
     from per_sample._ranks import Ranks
-    from per_sample._signatures import P, RunOptions
+    from per_sample._signatures import P, Randomness, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
@@ -49,7 +49,7 @@ def per_sample_grad_dot(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[..., Any]:
     """Transform the loss of one sample into a function that returns the inner product of every sample's gradient with a direction.
 
@@ -145,7 +145,7 @@ def grad_gram(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[..., Any]:
     """Transform the loss of one sample into a function that returns all inner products of the samples' gradients.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from per_sample._arguments import Argnums
     from per_sample._ranks import Ranks
-    from per_sample._signatures import P, RunOptions
+    from per_sample._signatures import P, Randomness, RunOptions
     from per_sample.quantities.leaf import LeafGrads
 
 
@@ -30,7 +30,7 @@ def grad_second_moment(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """Transform the loss of one sample into a function that returns the mean over samples of the squared gradient, element by element.
 
@@ -90,7 +90,7 @@ def grad_variance(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """Transform the loss of one sample into a function that returns the variance of the gradient over samples, element by element.
 
@@ -162,7 +162,7 @@ def gradient_noise_scale(
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[..., Any]:
     """Transform the loss of one sample into a function that returns the simple gradient noise scale of a batch.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Argnums
-    from per_sample._signatures import P
+    from per_sample._signatures import Memory, P, Randomness
 
 
 def weighted_grad(
@@ -28,11 +28,11 @@ def weighted_grad(
     in_dims: Any = None,
     *,
     return_values: bool = False,
-    memory: str = "fast",
+    memory: Memory = "fast",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
-    randomness: str = "error",
+    randomness: Randomness = "error",
 ) -> Callable[P, Any]:
     """Transform the loss of one sample into a function that returns a weighted sum of the samples' gradients, from one backward pass.
 
