@@ -75,7 +75,7 @@ def read(args: tuple[Any, ...], argnums: Argnums, in_dims: Any, trees: Any = tre
                 f"Argument {i} has a leaf of type {type(leaf).__name__}, which is no tensor. Convert it (`torch.as_tensor`) to give each "
                 "sample its part, or say with None in `in_dims` that the samples share it."
             )
-        elif in_dims is None and _hides_tensors(leaf):
+        elif in_dims is None and hides_tensors(leaf):
             raise ArgumentError(
                 f"Argument {i} has a leaf of type {type(leaf).__name__}, which holds tensors but is no pytree, so that no sample would get "
                 "its part. Pass a dict or a tuple, register the type (`optree.register_pytree_node_class`), or say with None in `in_dims` "
@@ -88,7 +88,7 @@ def read(args: tuple[Any, ...], argnums: Argnums, in_dims: Any, trees: Any = tre
     return Arguments(leaves, spec, dims, diff, owner, numbers, _batch_size(leaves, dims, owner))
 
 
-def _hides_tensors(leaf: Any, depth: int = 4) -> bool:
+def hides_tensors(leaf: Any, depth: int = 4) -> bool:
     """Whether a leaf is a container of tensors that is no pytree."""
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         held: Any = [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
@@ -98,7 +98,7 @@ def _hides_tensors(leaf: Any, depth: int = 4) -> bool:
         held = leaf.values()
     else:
         held = leaf if isinstance(leaf, (list, tuple, set, frozenset, deque)) else ()
-    return any(isinstance(x, Tensor) or (depth > 0 and _hides_tensors(x, depth - 1)) for x in held)
+    return any(isinstance(x, Tensor) or (depth > 0 and hides_tensors(x, depth - 1)) for x in held)
 
 
 def _argnums(argnums: Argnums, count: int) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ def _is_container(x: Any) -> bool:
     if kind is Tensor:
         return False
     # A type that both know is optree's business.
-    return is_packed(x) or isinstance(x, UserDict) or (isinstance(x, dict) and kind in pytree.SUPPORTED_NODES and _is_leaf(x))
+    return is_packed(x) or isinstance(x, UserDict) or (kind in pytree.SUPPORTED_NODES and _is_leaf(x))
 
 
 def _is_leaf(x: Any) -> bool:

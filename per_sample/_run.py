@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from per_sample import _trees as trees
+from per_sample._arguments import hides_tensors
 from per_sample._backward import Reduced, by_output, differentiate, read_out
 from per_sample._batched import Batched, Context, wrap, wrap_shared
 from per_sample._caller import Restart
@@ -81,6 +82,11 @@ def run(
 
     tensors = [x for x in trees.flatten((leaves, program.kwargs))[0] if isinstance(x, Tensor)]
     ctx, (found, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder, splits=True, empty=arguments.n == 0)
+    for x in trees.flatten(aux)[0]:
+        if not isinstance(x, Tensor) and (hides_tensors(x) or hides_tensors(getattr(x, "__dict__", None))):
+            raise ArgumentError(
+                f"`aux` has a leaf of type {type(x).__name__}, which holds tensors but is no pytree: return a dict or a tuple of them."
+            )
     results = [x.result if isinstance(x, Reduced) else reduce(number, x, ctx.functional) for number, x in enumerate(found)]
     return Outcome(ctx, results, read_out(loss, ctx), trees.map(lambda x: read_out(x, ctx), aux), samples)
 

@@ -6,11 +6,12 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 # A module is exchanged for all threads, so that they take turns.
-_TURN = threading.RLock()
+TURN = threading.RLock()
 # A checkpoint may run again on another thread than the one that waits for it.
 _SECONDS = 60.0
 
@@ -36,19 +37,28 @@ class Place(NamedTuple):
     new: Tensor
 
 
+def turn() -> AbstractContextManager[Any]:
+    """Where this thread may look at a module's own tensors."""
+    return nullcontext() if torch.compiler.is_dynamo_compiling() else TURN
+
+
 @contextmanager
 def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The module with other tensors, by name, for this thread's call.
 
     What the module assigns to buffers meanwhile is undone, or refused if it differs between samples.
     """
-    with _TURN:
+    if parametrize._cache_enabled:
+        raise UnsupportedError(
+            "`parametrize.cached()` keeps weights that were made from other parameters; call the function outside of it."
+        )
+    with TURN:
         own = state_of(module)
         # By identity, since a tied tensor has one name and several places.
         others = {id(own[name]): x for name, x in tensors.items()}
         tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers) if table]
         places = [Place(table, name, others[id(x)]) for table in tables for name, x in table.items() if id(x) in others]
-        with _exchanged(module, places) as assigned, _Checkpoints(functools.partial(_exchanged, module, places)):
+        with _watched(module, places) as assigned:
             yield
         for name, new in assigned.items():
             if type(new) is Batched and not new.shared:
@@ -59,11 +69,18 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def _watched(module: nn.Module, places: list[Place]) -> Iterator[dict[str, Any]]:
+    """The same for what runs again, in which there may be checkpoints, too."""
+    with _exchanged(module, places) as assigned, _Checkpoints(functools.partial(_watched, module, places)):
+        yield assigned
+
+
+@contextmanager
 def _exchanged(module: nn.Module, places: list[Place]) -> Iterator[dict[str, Any]]:
     """The places with their new tensors; yields what was assigned to buffers, once that is undone."""
     before = [place.table[place.name] for place in places]
     held = [(vars(m), dict(vars(m))) for m in module.modules()]
-    buffers = [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
+    buffers = [(m._buffers, dict(m._buffers)) for m in module.modules()]
     for place in places:
         place.table[place.name] = place.new
         for table, own in buffers:
@@ -75,7 +92,9 @@ def _exchanged(module: nn.Module, places: list[Place]) -> Iterator[dict[str, Any
             yield assigned
     finally:
         for table, own in buffers:
-            assigned |= {name: table[name] for name, old in own.items() if table.get(name, old) is not old}
+            assigned |= {name: new for name, new in table.items() if own.get(name) is not new}
+            for name in [name for name, new in table.items() if name not in own and type(new) is Batched]:
+                del table[name]
             table.update(own)
         for place, old in zip(places, before, strict=True):
             place.table[place.name] = old
@@ -101,15 +120,18 @@ class _Checkpoints(TorchFunctionMode):
     def __init__(self, again: Callable[[], AbstractContextManager[Any]]) -> None:
         super().__init__()
         self.again = again
-        # What runs parts again; kept, so that no other takes its number.
-        self.seen: dict[int, Any] = {}
+        # What runs parts again; kept, so that no other takes its number. A checkpoint around all of this is not the module's.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        around = [*_reentrant(), *([] if hooks is None else [_frame_of(hooks[1])])]
+        self.seen: dict[int, Any] = {id(holder): holder for holder in around}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None:
             self._wrap(_frame_of(hooks[1]), "recompute_fn")
         if not torch.is_grad_enabled():
-            self._wrap(_reentrant(), "run_function")
+            for holder in _reentrant():
+                self._wrap(holder, "run_function")
         return func(*args, **(kwargs or {}))
 
     def _wrap(self, holder: Any, name: str) -> None:
@@ -127,13 +149,13 @@ class _Again(NamedTuple):
     again: Callable[[], AbstractContextManager[Any]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _TURN.acquire(timeout=_SECONDS):
+        if not TURN.acquire(timeout=_SECONDS):
             raise UnsupportedError("A checkpointed part of a module cannot run again while another thread uses the module.")
         try:
             with self.again():
                 return self.first(*args, **kwargs)
         finally:
-            _TURN.release()
+            TURN.release()
 
 
 def _frame_of(unpack: Any) -> Any:
@@ -142,14 +164,15 @@ def _frame_of(unpack: Any) -> Any:
     return next((cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "recompute_fn")), None)
 
 
-def _reentrant() -> Any:
-    """The innermost reentrant checkpoint whose first time this is."""
+def _reentrant() -> list[Any]:
+    """The reentrant checkpoints whose first time this is."""
+    found = []
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _FORWARD:
-            return frame.f_locals.get("ctx")
+            found.append(frame.f_locals.get("ctx"))
         frame = frame.f_back
-    return None
+    return found
 
 
 _FORWARD = CheckpointFunction.forward.__code__

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError
 from per_sample._fsdp import resharded
 from per_sample._ranks import is_distributed
-from per_sample._swapped import swapped
+from per_sample._swapped import swapped, turn
 from per_sample._write_back import check_shapes, few, state_of
 
 
@@ -95,17 +95,20 @@ class ModuleFunction:
     def params(self) -> dict[str, Tensor]:
         """The trainable parameters by name, detached: those that require grad. They share the module's memory, so that what an optimizer
         writes into the module shows in them; nothing here writes into them."""
-        return {name: _detached(name, p) for name, p in self._named() if p.requires_grad and name not in self._bound}
+        with turn():
+            return {name: _detached(name, p) for name, p in self._named() if p.requires_grad and name not in self._bound}
 
     @property
     def frozen(self) -> dict[str, Tensor]:
         """The parameters by name that do not require grad, or are bound: they are held fixed."""
-        return {name: self._bound.get(name, p.detach()) for name, p in self._named() if name in self._bound or not p.requires_grad}
+        with turn():
+            return {name: self._bound.get(name, p.detach()) for name, p in self._named() if name in self._bound or not p.requires_grad}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by name, all samples' own."""
-        return {name: self._bound.get(name, b) for name, b in self.module.named_buffers()}
+        with turn():
+            return {name: self._bound.get(name, b) for name, b in self.module.named_buffers()}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> ModuleFunction:
         """Hold some parameters or buffers fixed at other values.
@@ -204,7 +207,7 @@ class ModuleFunction:
             found = f"a tensor of shape {list(params.shape)}" if isinstance(params, Tensor) else type(params).__name__
             raise ArgumentError(f"The first argument is the parameters by name, such as `loss.params`; got {found}.")
         # A function mode around the transform's caller would show the parameters in a form of its own.
-        with torch._C.DisableTorchFunction():
+        with turn(), torch._C.DisableTorchFunction():
             own = {name for name, p in self._named() if p.requires_grad and name not in self._bound}
         if params.keys() != own:
             missing, unknown = few(own - params.keys()), few(params.keys() - own)

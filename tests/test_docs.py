@@ -101,8 +101,6 @@ def test_every_page_says_what_it_is_about() -> None:
 COVERAGE = (DOCS / "coverage.md").read_text(encoding="utf-8")
 # Functions that the library takes as a whole have no row in the table of rules.
 WHOLE = {"aten.linear.default", "aten.linear_backward.default"}
-# Frozen, in eval mode, with padding: torch's fused kernel gives zeros at padded positions, and the layer itself, which runs here, does not.
-WRONG = {"nn.Transformer": "1"}
 # A rule that refuses training mode, and steps aside in evaluation.
 ASIDE = {"aten._native_batch_norm_legit.default"}
 
@@ -135,7 +133,7 @@ def test_the_coverage_page_tells_of_nothing_wrong() -> None:
         found = rows(title)
         assert found
         for name, _, right, refused, _, wrong, note in found:
-            assert wrong == WRONG.get(name, "0"), name
+            assert wrong == "0", name
             assert note or (int(right) and refused == "0"), f"{name} is refused without a reason"
 
 

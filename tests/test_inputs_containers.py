@@ -132,3 +132,24 @@ def test_attributes_beside_the_dict_are_kept() -> None:
     seen = []
     per_sample_grad(lambda w, b: (seen.append(b.source), loss(w, b.x))[1])(W, batch)
     assert set(seen) == {"here"}
+
+
+@dataclasses.dataclass
+class Registered:
+    x: Tensor
+
+
+register_pytree_node(Registered, lambda r: ([r.x], None), lambda values, _: Registered(*values))
+
+
+class Cache:
+    def __init__(self, x: Tensor) -> None:
+        self.layers = [x]
+
+
+def test_auxiliary_values_in_a_class_of_ones_own() -> None:
+    _, aux = per_sample_grad(lambda w, x: (loss(w, x), Registered(2 * x)), has_aux=True)(W, X)
+    torch.testing.assert_close(aux.x, 2 * X)
+    for kind in (Unregistered, Cache):
+        with pytest.raises(ArgumentError, match="is no pytree"):
+            per_sample_grad(lambda w, x, kind=kind: (loss(w, x), kind(2 * x)), has_aux=True)(W, X)
