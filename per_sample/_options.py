@@ -51,7 +51,8 @@ def options(
     current thread or asynchronous task only.
 
     Args:
-        conv_algorithm: the algorithm for every convolution weight gradient, instead of the choice by shape.
+        conv_algorithm: the algorithm for every convolution weight gradient, instead of the choice by shape: ``"fold"``,
+            ``"fold_merged"``, ``"group"``, ``"unfold"`` or ``"onednn"``.
         scratch_bytes: how much memory a kernel may use beyond its result.
         split_batch: where the function asks for the Python value of a per-sample tensor (a branch, `.item()`, `nonzero`), run the samples
             in groups that have the same value, each group on its own, instead of raising `DataDependentError`. The groups draw their

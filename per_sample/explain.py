@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from types import FunctionType
@@ -83,6 +84,7 @@ def explain(
         _check_transform(of, fn, given)
         transformed = of(fn, **given)
 
+    @functools.wraps(fn)
     def explained(*args: P.args, **kwargs: P.kwargs) -> Explanation:
         recorder = Recorder()
         start = time.perf_counter()

@@ -244,3 +244,11 @@ def test_a_mistake_in_a_map_is_told_with_its_leaf(leaf, error, pattern):
     with pytest.raises(error, match=pattern) as caught:
         per_sample.per_sample_grad_map(MLP.loss, leaf)(*MLP.args)
     assert any("LeafGrads(n=" in note and "leaf " in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("ord", [1.0, 2.0, 3.5, math.inf])
+def test_the_reference_has_the_norms_of_a_map(ord):
+    for package in (per_sample, reference):
+        found = package.per_sample_grad_map(MLP.loss, lambda g: g.norm(ord))(*MLP.args)
+        expected = [torch.stack([torch.linalg.vector_norm(row, ord) for row in g]) for g in MLP.leaves]
+        torch.testing.assert_close(optree.tree_leaves(found), expected)

@@ -128,7 +128,22 @@ def _parameters(parameters: Sequence[Parameter]) -> Table:
     if small:
         held, formed = (size(sum(getattr(p, name) for p in small)) for name in ("held_bytes", "formed_bytes"))
         seconds, share = sum(p.seconds for p in small), sum(q.share for p in small for q in p.questions)
-        rows.append((f"{len(small)} small ones", "", "", "", "", held, formed, "", "", "", _ms(seconds), _percent(share)))
+        rows.append(
+            (
+                f"{len(small)} small {'one' if len(small) == 1 else 'ones'}",
+                "",
+                "",
+                "",
+                "",
+                held,
+                formed,
+                "",
+                "",
+                "",
+                _ms(seconds),
+                _percent(share),
+            )
+        )
         shares.append(share)
     return Table("Parameters", columns, 5, rows, shares)
 

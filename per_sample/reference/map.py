@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +49,9 @@ class LeafGrads:
         """``[N]``: the squared norms."""
         return squares(self._rows).sum(1)
 
-    def power_sum(self, ord: float) -> Tensor:
-        """``[N]``: the sums of the absolute values' powers; for an infinite ``ord`` the largest."""
-        return norms_of(self._rows, ord) if math.isinf(ord) else self._rows.abs().pow(ord).sum(1)
+    def norm(self, ord: float = 2) -> Tensor:
+        """``[N]``: the norms of any order, as those of vectors."""
+        return norms_of(self._rows, ord)
 
     def weighted_sum(self, weights: Tensor | None = None) -> Tensor:
         """The sum over the samples, by default with weights of one."""
