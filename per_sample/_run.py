@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,8 @@ class Program:
     randomness: str
     # The function returns several numbers, each of which is differentiated.
     jacobian: bool = False
+    # What runs of this call had to begin again for: the next chunk or group begins with it.
+    needs: dict[str, int] = field(default_factory=dict)
 
 
 def run(
@@ -81,7 +83,9 @@ def run(
         return differentiate(loss, targets, ctx, reduce), loss, aux
 
     tensors = [x for x in trees.flatten((leaves, program.kwargs))[0] if isinstance(x, Tensor)]
-    ctx, (found, loss, aux) = in_context(body, program.fn, tensors, n, program.randomness, recorder, splits=True, empty=arguments.n == 0)
+    ctx, (found, loss, aux) = in_context(
+        body, program.fn, tensors, n, program.randomness, recorder, program.needs, splits=True, empty=arguments.n == 0
+    )
     for x in trees.flatten(aux)[0]:
         if not isinstance(x, Tensor) and (hides_tensors(x) or hides_tensors(getattr(x, "__dict__", None))):
             raise ArgumentError(

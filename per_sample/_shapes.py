@@ -15,8 +15,10 @@ from per_sample._factors import Factor
 
 def check_result(op: Any, args: Any, kwargs: Any, out: Any, n: int) -> None:
     """Raise ``RuleError`` unless a rule's result has the shapes and dtypes that the op itself would give for each sample."""
-    results = out if isinstance(out, (tuple, list)) else (out,)
     returns = op._schema.returns
+    if not returns and out is None:
+        return
+    results = out if isinstance(out, (tuple, list)) else (out,)
     several = len(returns) != 1 or isinstance(returns[0].type, torch.ListType)
     if isinstance(out, (tuple, list)) is not several and returns and len(results) == max(1, len(returns)):
         raise RuleError(f"The rule of `{op}` returned {type(out).__name__}; the op gives {'a tuple' if several else 'a tensor'}.")

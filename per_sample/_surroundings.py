@@ -46,9 +46,13 @@ def in_context(
     n: int,
     randomness: str,
     recorder: Recorder | None = None,
+    needs: dict[str, int] | None = None,
     **settings: bool,
 ) -> tuple[Context, T]:
-    """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter; ``settings``: more fields of the ``Context``."""
+    """Run ``body`` in surroundings where every op of ``fn`` comes to the interpreter; ``settings``: more fields of the ``Context``.
+
+    ``needs``: those that ``fn`` is known to need; what shows on the way is added.
+    """
     grad_mode = torch.is_grad_enabled()
     # Where another transform runs around this one, its tensors must not look like this one's.
     depth = sum(isinstance(mode, Interpreter) for mode in _get_current_dispatch_mode_stack())
@@ -58,7 +62,7 @@ def in_context(
     tracing = torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(k) is not None for k in _TRACING)
     restores = random_states(tensors) if randomness != "error" and not tracing else []
     recorded = recorder.copy() if recorder is not None else None
-    needs: dict[str, int] = {}
+    needs = {} if needs is None else needs
     while True:
         ctx = Context(n, randomness, depth, grad_mode=grad_mode, recorder=recorder, **settings, **needs)  # type: ignore[arg-type]
         ctx.functional = keeps_caller or tracing
@@ -78,7 +82,7 @@ def in_context(
                 recorded = recorder.copy()
             if restart.groups is not None:
                 raise Split(restart.groups) from None
-            needs |= {name: max(level, needs.get(name, 0)) for name, level in restart.needs.items()}
+            needs.update({name: max(level, needs.get(name, 0)) for name, level in restart.needs.items()})
             keeps_caller |= not restart.needs
             differentiates |= not restart.needs
         else:

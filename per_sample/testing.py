@@ -117,13 +117,14 @@ def check_rule(op: OpOverload, *args: Any, rtol: float | None = None, atol: floa
 
     Args:
         op: the op overload, for instance ``torch.ops.mylib.scale.default``.
-        *args: ONE sample's arguments; other samples are made from them by adding noise (integer tensors are repeated).
+        *args: ONE sample's arguments. Other samples are made from them: noise is added to floating point, integers are exchanged for
+            smaller ones of the same tensor and booleans for others, or repeated where the op refuses these.
         rtol: relative tolerance of ``torch.testing.assert_close``.
         atol: absolute tolerance.
         **kwargs: keyword arguments of the op.
 
     Raises:
-        AssertionError: if a result differs from that of a loop over samples.
+        AssertionError: if a result, or an argument afterwards, differs from that of a loop over samples.
         ArgumentError: if no argument is a tensor.
         RuleError: if the op has no rule.
 
@@ -134,40 +135,96 @@ def check_rule(op: OpOverload, *args: Any, rtol: float | None = None, atol: floa
     """
     if op not in _registry.TABLE and torch.Tag.pointwise not in op.tags:
         raise RuleError(f"`{op}` has no rule; register one with `per_sample.rule`.")
-    tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    arguments: Any = (args, kwargs)
+    paths, leaves, spec = optree.tree_flatten_with_path(arguments, none_is_leaf=True)
+    tensors = [i for i, a in enumerate(leaves) if isinstance(a, Tensor)]
     if not tensors:
-        raise ArgumentError("`check_rule` needs at least one positional argument that is a tensor.")
-    for choice in range(1, 2 ** len(tensors)):
-        batched = [i for bit, i in enumerate(tensors) if choice >> bit & 1]
+        raise ArgumentError("`check_rule` needs at least one argument that is a tensor.")
+    written = {i for i in tensors if _writes(op, paths[i])}
+    for choice in [choice for choice in _choices(tensors) if written <= set(choice)]:
         for n in (1, 3):
-            _check_choice(op, args, kwargs, batched, n, rtol, atol)
+            rows, expected = _one_by_one(op, leaves, spec, choice, n)
+            for innermost in (False, True):
+                found = _at_once(op, leaves, spec, rows, n, innermost)
+                where = f"`{op}` with {', '.join(_name(op, paths[i]) for i in choice)} batched"
+                _compare(where, n, found, expected, rtol, atol)
 
 
-def _check_choice(op: OpOverload, args: Any, kwargs: Any, batched: list[int], n: int, rtol: Any, atol: Any) -> None:
-    rows = {i: _samples_like(args[i], n) for i in batched}
-    expected = [op(*[rows[i][j].clone() if i in rows else _copy(a) for i, a in enumerate(args)], **kwargs) for j in range(n)]
+def _name(op: OpOverload, path: tuple[Any, ...]) -> str:
+    kind, of, *places = path
+    return "".join([of if kind else op._schema.arguments[of].name, *(f"[{place}]" for place in places)])
+
+
+def _writes(op: OpOverload, path: tuple[Any, ...]) -> bool:
+    """Whether the op writes into the argument, which then cannot be shared."""
+    arguments = op._schema.arguments
+    alias = (arguments[path[1]] if path[0] == 0 else next(a for a in arguments if a.name == path[1])).alias_info
+    return alias is not None and alias.is_write
+
+
+def _choices(tensors: list[int]) -> list[list[int]]:
+    """Which tensors differ between samples: every choice, or each alone and all together where those are too many."""
+    if len(tensors) > 6:
+        return [*([i] for i in tensors), tensors]
+    return [[i for bit, i in enumerate(tensors) if choice >> bit & 1] for choice in range(1, 2 ** len(tensors))]
+
+
+def _one_by_one(op: OpOverload, leaves: list[Any], spec: Any, batched: list[int], n: int) -> tuple[dict[int, Tensor], list[Any]]:
+    """The samples' arguments, and for each sample its arguments and results after a call of its own."""
+    rows = {i: _samples_like(leaves[i], n) for i in batched}
+    try:
+        return rows, [_call(op, spec, [rows[i][j].clone() if i in rows else _copy(a) for i, a in enumerate(leaves)]) for j in range(n)]
+    except Exception:
+        exact = [i for i in batched if not leaves[i].dtype.is_floating_point and not leaves[i].dtype.is_complex]
+        if not exact:
+            raise
+        # Some integers mean nothing to some ops: then only floating point differs.
+        rows |= {i: leaves[i].detach().expand(n, *leaves[i].shape).clone() for i in exact}
+        return rows, [_call(op, spec, [rows[i][j].clone() if i in rows else _copy(a) for i, a in enumerate(leaves)]) for j in range(n)]
+
+
+def _at_once(op: OpOverload, leaves: list[Any], spec: Any, rows: dict[int, Tensor], n: int, innermost: bool) -> Any:
+    """The arguments and results after one call for all samples, these innermost in memory or not."""
     ctx = Context(n)
-    lifted = [wrap(ctx, rows[i].clone()) if i in rows else _copy(a) for i, a in enumerate(args)]
+
+    def lift(x: Tensor) -> Any:
+        return wrap(ctx, x.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0) if innermost else x.clone())
+
     with torch.no_grad(), Interpreter(ctx):
-        result = op(*lifted, **kwargs)
-    results = result if isinstance(result, (tuple, list)) else (result,)
-    wanted = [e if isinstance(e, (tuple, list)) else (e,) for e in expected]
-    for k, got in enumerate(results):
-        if not isinstance(got, Tensor):
-            continue
-        value = got.physical if type(got) is Batched and not got.shared else got.expand(n, *got.shape)
-        for j in range(n):
-            where = f"`{op}` with arguments {batched} batched, sample {j}, result {k}"
-            try:
-                torch.testing.assert_close(value[j], wanted[j][k], rtol=rtol, atol=atol)
-            except AssertionError as err:
-                raise AssertionError(f"{where}: {err}") from err
+        return _call(op, spec, [lift(rows[i]) if i in rows else _copy(a) for i, a in enumerate(leaves)])
+
+
+def _call(op: OpOverload, spec: Any, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+    args, kwargs = optree.tree_unflatten(spec, leaves)
+    return leaves, optree.tree_leaves(op(*args, **kwargs), none_is_leaf=True)
+
+
+def _compare(where: str, n: int, found: tuple[list[Any], list[Any]], expected: list[Any], rtol: Any, atol: Any) -> None:
+    for kind, what in enumerate(("argument", "result")):
+        for k, got in enumerate(found[kind]):
+            if not isinstance(got, Tensor):
+                continue
+            value = got.physical if type(got) is Batched and not got.shared else got.expand(n, *got.shape)
+            for j in range(n):
+                try:
+                    torch.testing.assert_close(value[j], expected[j][kind][k], rtol=rtol, atol=atol, equal_nan=True)
+                except AssertionError as err:
+                    raise AssertionError(f"{where}, sample {j}, {what} {k}{' afterwards' if kind == 0 else ''}: {err}") from err
 
 
 def _samples_like(x: Tensor, n: int) -> Tensor:
     rows = x.detach().expand(n, *x.shape).clone()
     if x.is_floating_point() or x.is_complex():
         rows[1:] += torch.randn_like(rows[1:])
+        return rows
+    for j in range(1, n):
+        rolled = x.detach().flatten().roll(j).view(x.shape)
+        if x.dtype == torch.bool:
+            rows[j] = ~x if torch.equal(rolled, x) else rolled
+            continue
+        # Never above what stands in this place, which may be the index that the place allows at most.
+        smaller = torch.minimum(x, rolled)
+        rows[j] = torch.where(x > 0, x - 1, x) if torch.equal(smaller, x) else smaller
     return rows
 
 

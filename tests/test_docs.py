@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,12 +50,12 @@ def rules() -> Iterator[None]:
 @pytest.mark.usefixtures("rules")
 # Training loops of other projects, which use what torch has deprecated, and have advice of their own.
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:lightning")
-def test_snippets_run_and_print_what_they_say(page: Path) -> None:
+def test_snippets_run_and_print_what_they_say(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in imports(page):
         pytest.importorskip(name, reason="the page is about a package that is not installed")
-    torch.manual_seed(0)
     # A module of its own: compiled functions look their globals up there.
-    module = types.ModuleType(page.stem)
+    module = types.ModuleType(f"snippets_of_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     for number, code in enumerate(snippets(page)):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

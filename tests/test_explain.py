@@ -254,6 +254,17 @@ def test_a_function_that_begins_again(need):
     assert [q.count for q in report.parameters[0].questions] == [1]
 
 
+@pytest.mark.parametrize("need", RESTARTS)
+def test_chunks_begin_again_once(need):
+    fn, _ = RESTARTS[need]
+    x = torch.randn(5, 3)
+    report = explain(fn, chunk_size=2)(torch.ones(3), x.clone())
+    assert report.run.restarts == ((need,),)
+    assert report.runs == 3
+    expected = torch.func.vmap(torch.func.grad(lambda w, x: (w * x).sum()), (None, 0))(torch.ones(3), 2 * x if need == "copies" else x)
+    torch.testing.assert_close(per_sample_grad(fn, chunk_size=2)(torch.ones(3), x), expected)
+
+
 def test_tensors_that_require_grad():
     w, x = torch.ones(3, requires_grad=True), torch.randn(4, 3)
     report = explain(lambda w, x: (w * x).sum())(w, x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import per_sample
-from per_sample import _registry, explain, per_sample_grad, rule
+from per_sample import _registry, explain, per_sample_grad, physical, rule
 from per_sample.testing import assert_matches_reference, check_rule
 
 aten = torch.ops.aten
@@ -98,6 +98,100 @@ def test_a_rule_that_mixes_samples_is_found_by_check_rule(table):
 
     with pytest.raises(AssertionError, match="sample"):
         check_rule(SCALE, torch.randn(2, 5), 3.0)
+
+
+@torch.library.custom_op("per_sample_tests::pick", mutates_args=())
+def pick(tables: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    return sum((t[index] for t in tables[1:]), tables[0][index])
+
+
+PICK = torch.ops.per_sample_tests.pick.default
+
+
+def picked(n, tables, index, rows_of=physical):
+    """What the op gives to ``n`` samples."""
+    rows = torch.arange(n).view(n, *[1] * index.dim())
+    return sum(rows_of(t, n)[rows, physical(index, n)] for t in tables)
+
+
+def of_the_first(x):
+    return x.physical[0] if type(x) is per_sample.Batched else x
+
+
+def as_if_dense(x, n):
+    rows = physical(x, n)
+    return rows.as_strided((n, 4, 2), (8, 2, 1)) if type(x) is per_sample.Batched else rows
+
+
+def emptied(n, tables, index):
+    out = picked(n, tables, index)
+    for t in tables:
+        physical(t, n).zero_()
+    return out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda n, tables, index: picked(n, tables, of_the_first(index)),
+        lambda n, tables, index: picked(n, [tables[0], of_the_first(tables[1])], index),
+        lambda n, tables, index: picked(n, tables, index) * (2 if n == 1 else 1),
+        lambda n, tables, index: picked(n, tables, index) * (1 + (physical(index, n) == 0)[..., None]),
+        lambda n, tables, index: picked(n, tables, index, as_if_dense),
+        emptied,
+    ],
+    ids=["the first sample's index", "the first sample's table", "one sample", "an index of zero", "the layout", "writes"],
+)
+def test_check_rule_goes_into_lists_and_varies_indices(table, wrong):
+    how = [picked]
+
+    @rule(PICK)
+    def pick_rule(tables, index):
+        return how[0](next(a.n for a in [*tables, index] if type(a) is per_sample.Batched), tables, index)
+
+    arguments = [torch.randn(4, 2), torch.randn(4, 2)], torch.tensor([1])
+    check_rule(PICK, *arguments)
+    check_rule(PICK, arguments[0], torch.tensor([3, 0]))
+    how[0] = wrong
+    with pytest.raises(AssertionError, match="batched, sample"):
+        check_rule(PICK, *arguments)
+
+
+def test_check_rule_repeats_integers_that_the_op_refuses(table):
+    @torch.library.custom_op("per_sample_tests::split", mutates_args=())
+    def split(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.sum() for part in x.split(sizes.tolist())])
+
+    @rule(torch.ops.per_sample_tests.split.default)
+    def split_rule(x, sizes):
+        return (
+            torch.stack([split(*both) for both in zip(physical(x, x.n), physical(sizes, x.n), strict=True)])
+            if type(x) is per_sample.Batched
+            else NotImplemented
+        )
+
+    check_rule(torch.ops.per_sample_tests.split.default, torch.randn(5), torch.tensor([2, 3]))
+
+
+def test_check_rule_sees_what_an_op_writes(table):
+    @torch.library.custom_op("per_sample_tests::double_", mutates_args=("x",))
+    def double_(x: torch.Tensor, y: torch.Tensor) -> None:
+        x.mul_(2).add_(y)
+
+    op = torch.ops.per_sample_tests.double_.default
+
+    @rule(op)
+    def double_rule(x, y):
+        double_(x.physical, physical(y, x.n))
+
+    check_rule(op, torch.randn(3), torch.randn(3))
+
+    @rule(op, override=True)
+    def forgets_to_double(x, y):
+        x.physical.add_(physical(y, x.n))
+
+    with pytest.raises(AssertionError, match="argument 0 afterwards"):
+        check_rule(op, torch.randn(3), torch.randn(3))
 
 
 def test_a_rule_may_leave_a_case_to_the_fallback(table):
