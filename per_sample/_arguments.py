@@ -15,7 +15,6 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
 from per_sample import _trees as trees
-from per_sample._containers import Form
 from per_sample._errors import ArgumentError, BatchSizeError, UnsupportedError
 
 Argnums = int | tuple[int, ...]
@@ -78,8 +77,7 @@ def read(args: tuple[Any, ...], argnums: Argnums, in_dims: Any, trees: Any = tre
         elif in_dims is None and hides_tensors(leaf):
             raise ArgumentError(
                 f"Argument {i} has a leaf of type {type(leaf).__name__}, which holds tensors but is no pytree, so that no sample would get "
-                "its part. Pass a dict or a tuple, register the type (`optree.register_pytree_node_class`), or say with None in `in_dims` "
-                "that the samples share it."
+                f"its part. Pass a dict or a tuple, {_REGISTER}, or say with None in `in_dims` that the samples share it."
             )
     dims = [_check_dim(leaf, dim, i, args) for leaf, dim, i in zip(leaves, dims, owner, strict=True)]
     for leaf, is_diff, i in zip(leaves, diff, owner, strict=True):
@@ -99,6 +97,9 @@ def hides_tensors(leaf: Any, depth: int = 4) -> bool:
     else:
         held = leaf if isinstance(leaf, (list, tuple, set, frozenset, deque)) else ()
     return any(isinstance(x, Tensor) or (depth > 0 and hides_tensors(x, depth - 1)) for x in held)
+
+
+_REGISTER = "register the type (a dataclass by `torch.export.register_dataclass`, others by `torch.utils._pytree.register_pytree_node`)"
 
 
 def _argnums(argnums: Argnums, count: int) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ def _broadcast_in_dims(in_dims: Any, args: tuple[Any, ...], leaves: list[Any], t
 
 
 def _check_dim(leaf: Any, dim: int | None, i: int, args: tuple[Any, ...]) -> int | None:
-    if dim is None or type(leaf) is Form:
+    if dim is None:
         return None
     if not isinstance(leaf, Tensor):
         raise ArgumentError(f"`in_dims` batches a leaf of argument {i} that is not a tensor but {type(leaf).__name__}; use None for it.")
@@ -165,6 +166,11 @@ def _check_layout(leaf: Tensor, needed: bool, i: int) -> None:
 def _check_differentiable(leaf: Any, i: int) -> None:
     if leaf is None:
         return
+    if not isinstance(leaf, Tensor) and hides_tensors(leaf):
+        raise ArgumentError(
+            f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}, which holds tensors but is no "
+            f"pytree. Pass a dict or a tuple, or {_REGISTER}."
+        )
     if not isinstance(leaf, Tensor):
         raise ArgumentError(
             f"Argument {i} is differentiated (argnums), but has a leaf of type {type(leaf).__name__}; every leaf must be a tensor. From a "

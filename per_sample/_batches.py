@@ -9,7 +9,6 @@ from torch import Tensor
 
 from per_sample import _arguments
 from per_sample import _trees as trees
-from per_sample._containers import Form
 from per_sample._errors import ArgumentError
 from per_sample._options import progress_bar
 from per_sample._record import current_recorder, recording
@@ -125,7 +124,7 @@ def joined(pieces: list[Any], samples: list[Sequence[int] | None]) -> Any:
     return trees.map(join, *pieces)
 
 
-_COMPARED = (int, float, complex, str, bytes, frozenset, set, torch.dtype, torch.device, torch.Size, Form)
+_COMPARED = (int, float, complex, str, bytes, frozenset, set, torch.dtype, torch.device, torch.Size)
 
 
 def _same(x: Any, y: Any) -> bool:

@@ -1,6 +1,7 @@
 """Arguments that optree does not open: packed sequences, Hugging Face's dicts, and what only torch's own pytrees know.
 
-They are opened outside, so that each sample gets its part, and the function inside sees what the caller passed.
+They are opened outside, so that each sample gets its part, and the function inside sees what the caller passed. Results have the structure
+of what was differentiated, and are closed again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
+from per_sample import _trees as trees
 from per_sample._errors import ArgumentError
 
 
@@ -33,6 +35,12 @@ class Form:
     def __init__(self, kind: Any, spec: Any = None, attributes: dict[str, Any] | None = None) -> None:
         self.kind, self.spec, self.attributes = kind, spec, attributes
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Form) and (self.kind, self.spec) == (other.kind, other.spec)
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
     def __repr__(self) -> str:
         return f"{self.kind.__qualname__} {self.spec}"
 
@@ -45,25 +53,40 @@ class Form:
         return found
 
 
-class Opened(NamedTuple):
+class Opened:
     """Another container opened."""
 
-    parts: Any
-    form: Form
+    __slots__ = ("form", "parts")
+
+    def __init__(self, parts: Any, form: Form) -> None:
+        self.parts, self.form = parts, form
 
 
-def opened(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+# The form is part of the structure, so that trees of two types differ.
+trees.register(Opened, lambda x: ((x.parts,), x.form), lambda form, parts: Opened(parts[0], form))
+
+
+class Outside(NamedTuple):
+    """A call without such containers."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    # Some of what is differentiated was opened: results of that structure have to be closed.
+    closes: bool = False
+
+
+def opened(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any) -> Outside:
     """The function and its arguments, without such containers."""
     numbers = {i % len(args) for i in (argnums if isinstance(argnums, tuple) else (argnums,)) if args}
     holds = [_holds(a) for a in args]
     if not any(holds) and not (kwargs and _holds(kwargs)):
-        return fn, args, kwargs
+        return Outside(fn, args, kwargs)
     for i in numbers:
-        if holds[i]:
+        if PackedSequence in holds[i]:
             raise ArgumentError(
-                f"Argument {i} is differentiated and holds a {holds[i]}. {_CURES.get(holds[i], 'Pass a plain dict instead.')}"
+                f"Argument {i} is differentiated and holds a PackedSequence. Pass the padded tensor and the lengths instead, and pack "
+                "inside the function."
             )
 
     @functools.wraps(fn)
@@ -71,11 +94,8 @@ def opened(
         inner = close_tree([args, kwargs])
         return fn(*inner[0], **inner[1])
 
-    outer = open_tree([args, kwargs])
-    return closing, *outer
-
-
-_CURES = {"PackedSequence": "Pass the padded tensor and the lengths instead, and pack inside the function."}
+    args, kwargs = open_tree([args, kwargs])
+    return Outside(closing, args, kwargs, closes=any(holds[i] for i in numbers))
 
 
 def is_packed(x: Any) -> bool:
@@ -91,19 +111,20 @@ def _is_container(x: Any) -> bool:
 
 
 def _is_leaf(x: Any) -> bool:
-    return bool(optree.tree_is_leaf(x, none_is_leaf=True))
+    return bool(optree.tree_is_leaf(x, none_is_leaf=True, namespace=trees.NAMESPACE))
 
 
-def _holds(tree: Any) -> str:
-    """The name of the first such container's type; empty if there is none."""
+def _holds(tree: Any) -> set[type]:
+    """The types of such containers in a tree."""
     if type(tree) is Tensor:
-        return ""
-    return next((type(x).__name__ for x in optree.tree_leaves(tree, is_leaf=_is_container) if _is_container(x)), "")
+        return set()
+    leaves = optree.tree_leaves(tree, is_leaf=_is_container, namespace=trees.NAMESPACE)
+    return {type(x) for x in leaves if _is_container(x)}
 
 
 def open_tree(tree: Any) -> Any:
     """The tree with such containers opened."""
-    return optree.tree_map(_opened, tree, is_leaf=_is_container, none_is_leaf=True)
+    return trees.map(_opened, tree, is_leaf=_is_container)
 
 
 def _opened(x: Any) -> Any:
@@ -119,7 +140,7 @@ def _opened(x: Any) -> Any:
 
 def close_tree(tree: Any) -> Any:
     """The tree with its containers as they were."""
-    return optree.tree_map(_closed, tree, is_leaf=_is_opened, none_is_leaf=True)
+    return trees.map(_closed, tree, is_leaf=_is_opened)
 
 
 def _is_opened(x: Any) -> bool:

@@ -1,5 +1,8 @@
 """Every exception the library raises on purpose."""
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class PerSampleError(Exception):
     """Base class of the library's own errors."""
@@ -55,3 +58,9 @@ class UnusedArgumentWarning(UserWarning):
 
 class NonFiniteWarning(UserWarning):
     """Samples were left out of a sum, because their gradient is not finite."""
+
+
+def few(names: Iterable[Any]) -> str:
+    """For a message: the first of the names, and how many more there are."""
+    found = sorted(names, key=str)
+    return str(found) if len(found) <= 5 else f"{found[:5]} and {len(found) - 5} more"

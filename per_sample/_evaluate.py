@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from per_sample._arguments import Arguments
+    from per_sample._containers import Outside
     from per_sample._ranks import Ranks
 
     # Makes the quantity of one call, once the differentiated leaves are known.
@@ -67,8 +68,8 @@ def evaluate(
             return _untraced(fn, convention, bind, args, kwargs)
         result, values, aux, targets = _compile.evaluate(fn, convention, bind, args, kwargs)
         return Evaluation(result, values, aux), targets
-    fn, args, kwargs, ranks = prepared(fn, convention, args, kwargs)
-    found, targets, quantity = evaluate_here(fn, convention, bind, args, kwargs, ranks)
+    outside, ranks = prepared(fn, convention, args, kwargs)
+    found, targets, quantity = evaluate_here(outside, convention, bind, ranks)
     if ranks is not None:
         found = together(found, ranks)._replace(result=quantity.across(found.result, ranks))
     return found, targets
@@ -77,16 +78,14 @@ def evaluate(
 _untraced = _disable_dynamo(evaluate)
 
 
-def prepared(
-    fn: Callable[..., Any], convention: Convention, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Ranks | None]:
+def prepared(fn: Callable[..., Any], convention: Convention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outside, Ranks | None]:
     """The function and its arguments as tensors of this process, and, if they were DTensors, how the samples lie on the ranks."""
     with _distributed.mixtures_refused():
-        function, inner, shared = opened(fn, args, kwargs, convention.argnums)
-    ranks, inner, shared = _distributed.localised(convention, inner, shared)
+        outside = opened(fn, args, kwargs, convention.argnums)
+    ranks, inner, shared = _distributed.localised(convention, outside.args, outside.kwargs)
     if ranks is not None:
-        function, *_ = opened(_distributed.with_whole_state(fn), args, kwargs, convention.argnums)
-    return function, inner, shared, ranks
+        outside = opened(_distributed.with_whole_state(fn), args, kwargs, convention.argnums)
+    return outside._replace(args=inner, kwargs=shared), ranks
 
 
 def together(found: Evaluation, ranks: Ranks) -> Evaluation:
@@ -94,12 +93,11 @@ def together(found: Evaluation, ranks: Ranks) -> Evaluation:
     return found._replace(values=ranks.rows(found.values), aux=ranks.tree_of_rows(found.aux))
 
 
-def evaluate_here(
-    fn: Callable[..., Any], convention: Convention, bind: Bind, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Ranks | None
-) -> tuple[Evaluation, Targets, Quantity]:
+def evaluate_here(outside: Outside, convention: Convention, bind: Bind, ranks: Ranks | None) -> tuple[Evaluation, Targets, Quantity]:
     """One quantity of the gradients of the samples that are here."""
+    fn, args, kwargs, closes = outside
     arguments = _arguments.read(args, convention.argnums, convention.in_dims)
-    targets = Targets.of(convention, arguments, args, trees, ranks)
+    targets = Targets.of(convention, arguments, args, trees, ranks, closes)
     quantity = bind(targets)
     program = Program(fn, kwargs, convention.has_aux, convention.keep_batch_dim, convention.randomness, convention.jacobian)
     with nullcontext() if ranks is None else ranks.random(), _distributed.mixtures_refused():

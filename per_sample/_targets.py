@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from per_sample import _arguments, _distributed
-from per_sample._errors import ArgumentError
+from per_sample._containers import close_tree, open_tree
+from per_sample._errors import ArgumentError, few
+from per_sample._trees import by_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,11 +51,21 @@ class Targets:
     trees: Any
     # Where the samples of the whole batch lie, of which ``arguments`` are this rank's.
     ranks: Ranks | None = None
+    # They hold containers that were opened.
+    closes: bool = False
 
     @classmethod
-    def of(cls, convention: Convention, arguments: Arguments, args: tuple[Any, ...], trees: Any, ranks: Ranks | None = None) -> Targets:
+    def of(
+        cls,
+        convention: Convention,
+        arguments: Arguments,
+        args: tuple[Any, ...],
+        trees: Any,
+        ranks: Ranks | None = None,
+        closes: bool = False,
+    ) -> Targets:
         """The targets of a call, of which there must be one."""
-        targets = cls(arguments, args, isinstance(convention.argnums, tuple), trees, ranks)
+        targets = cls(arguments, args, isinstance(convention.argnums, tuple), trees, ranks, closes)
         if not convention.empty and not targets.leaves:
             raise ArgumentError("`argnums` names no tensor: there is nothing to differentiate.")
         return targets
@@ -88,12 +100,19 @@ class Targets:
 
     def structured(self, results: list[Any]) -> Any:
         """One result for each leaf, in the structure of the differentiated arguments."""
+        return self.closed(self._arranged(results))
+
+    def closed(self, tree: Any) -> Any:
+        """A tree of such a structure with the caller's containers."""
+        return close_tree(tree) if self.closes else tree
+
+    def _arranged(self, results: list[Any]) -> Any:
         return _arguments.as_arguments(results, self.arguments, self.is_tuple, self.args, self.trees)
 
     def flat(self, tree: Any, name: str) -> list[Any]:
         """The entries of a tree of that structure, one for each leaf; ``name`` is for the message."""
-        own = self.structured(list(range(len(self.leaves))))
-        found, spec = self.trees.flatten(self.trees.ordered_like(tree, own))
+        own = self._arranged(list(range(len(self.leaves))))
+        found, spec = self.trees.flatten(self.trees.ordered_like(open_tree(tree) if self.closes else tree, own))
         numbers, own_spec = self.trees.flatten(own)
         if spec != own_spec:
             raise ArgumentError(f"`{name}` must have the structure of the differentiated argument, {own_spec}; got {spec}.")
@@ -106,22 +125,29 @@ class Targets:
 
     def groups(self, prefix: Any, name: str) -> tuple[list[int], list[Any], Any]:
         """The number of the prefix tree's entry for each leaf, the entries, and the prefix's structure."""
+        prefix = open_tree(prefix) if self.closes else prefix
         entries, spec = self.trees.flatten(prefix)
         numbered = self.trees.unflatten(spec, list(range(len(entries))))
-        own = self.structured(list(range(len(self.leaves))))
+        own = self._arranged(list(range(len(self.leaves))))
+        modules = by_module(prefix, own)
+        if modules is not None:
+            return [numbered[modules[number]] for number in range(len(self.leaves))], entries, spec
         try:
             spread = self.trees.broadcast_prefix(numbered, own)
         except ValueError as err:
-            raise ArgumentError(f"`{name}` is not a prefix of the differentiated argument's structure{_keys(prefix, own)}: {err}") from err
+            raise ArgumentError(f"`{name}` is not a prefix of the differentiated argument's structure{_misfit(prefix, own, err)}.") from err
         return self._by_number(spread, self.trees.flatten(own)[0]), entries, spec
 
 
-def _keys(prefix: Any, own: Any) -> str:
-    """What is missing in a dict, and what it should not have."""
-    if not (isinstance(prefix, dict) and isinstance(own, dict)):
-        return ""
-    missing, unknown = ([key for key in a if key not in b] for a, b in ((own, prefix), (prefix, own)))
-    return f" (nothing for {missing[:5]}, not among its keys {unknown[:5]})"
+def _misfit(prefix: Any, own: Any, err: ValueError) -> str:
+    """Where the two differ."""
+    if isinstance(prefix, dict) and isinstance(own, dict):
+        missing, unknown = ([key for key in a if key not in b] for a, b in ((own, prefix), (prefix, own)))
+        if missing or unknown:
+            return f": nothing for {few(missing)}, not among its keys {few(unknown)}"
+    if type(prefix) is not type(own):
+        return f": it is a {type(prefix).__name__}, the argument a {type(own).__name__}"
+    return f": {str(err)[:200]}"
 
 
 class Quantity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch._compile import _disable_dynamo
 from per_sample import _distributed, _torch_trees
 from per_sample import _trees as trees
 from per_sample._batches import in_order, rows
+from per_sample._containers import Outside
 from per_sample._errors import ArgumentError, UnsupportedError
 from per_sample._evaluate import Evaluation, evaluate, evaluate_here, prepared, together
 from per_sample._factors import Dense
@@ -90,11 +90,12 @@ def weighed_sum(
         return _untraced(fn, convention, bind, memory, args, kwargs, whole=whole)
     if traced and memory == "low" and convention.randomness != "error":
         raise UnsupportedError("memory='low' runs the function twice with the same random numbers, which torch.compile cannot trace.")
+    outside = Outside(fn, args, kwargs)
     if not traced:
         # Once: ranks that need a second pass and those that do not communicate alike.
-        fn, args, kwargs, ranks = prepared(fn, convention, args, kwargs)
+        outside, ranks = prepared(fn, convention, args, kwargs)
     draws = convention.randomness != "error" and not traced
-    restores = random_states([x for x in trees.flatten((args, kwargs))[0] if isinstance(x, Tensor)]) if draws else []
+    restores = random_states([x for x in trees.flatten(outside[1:3])[0] if isinstance(x, Tensor)]) if draws else []
     bound: list[Weighing] = []
 
     def first(targets: Targets) -> Quantity:
@@ -102,13 +103,18 @@ def weighed_sum(
         return (_Norms if memory == "low" else _NormsAndSums)(bound[0])
 
     def evaluated(bind: Callable[[Targets], Quantity]) -> tuple[Evaluation, Targets]:
-        return evaluate(fn, convention, bind, args, kwargs) if traced else evaluate_here(fn, convention, bind, args, kwargs, ranks)[:2]
+        return evaluate(fn, convention, bind, args, kwargs) if traced else evaluate_here(outside, convention, bind, ranks)[:2]
 
-    with repeatable() if not traced and (whole or memory == "low") else nullcontext(lambda: None) as draw_again:
+    if not traced and (whole or memory == "low"):
+        with repeatable() as draw_again:
+            found, targets = evaluated(first)
+        restores.append(draw_again)
+    else:
+        # No context here, not even one that does nothing: dynamo could not come back into it after a graph break.
         found, targets = evaluated(first)
     sums, norms, conditions, lost = found.result
     if sums is None:
-        for restore in (*restores, draw_again):
+        for restore in restores:
             restore()
         weights = bound[0].weigh(norms, conditions, None)
         second = evaluated(lambda _: Sums(bound[0], weights))[0]

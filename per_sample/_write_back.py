@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from per_sample._errors import ArgumentError, UnsupportedError
+from per_sample._errors import ArgumentError, UnsupportedError, few
 from per_sample._fsdp import resharded
 from per_sample._ranks import is_distributed
 
@@ -92,9 +92,3 @@ def check_shapes(tensors: Any, own: Mapping[str, Tensor], what: str) -> None:
         if found != list(own[name].shape):
             hint = " Sum or average over the samples first." if found[1:] == list(own[name].shape) else ""
             raise ArgumentError(f"`{what}[{name!r}]` must have the shape {list(own[name].shape)}; got {found}.{hint}")
-
-
-def few(names: Iterable[str]) -> str:
-    """The first of the names, and how many more there are."""
-    found = sorted(names)
-    return str(found) if len(found) <= 5 else f"{found[:5]} and {len(found) - 5} more"

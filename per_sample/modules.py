@@ -14,11 +14,11 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError
+from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError, few
 from per_sample._fsdp import resharded
 from per_sample._ranks import is_distributed
 from per_sample._swapped import swapped, turn
-from per_sample._write_back import check_shapes, few, state_of
+from per_sample._write_back import check_shapes, state_of
 
 
 def functional(
@@ -28,6 +28,7 @@ def functional(
     forward: Callable[..., Any] | None = None,
     has_aux: bool = False,
     keep_batch_dim: bool = True,
+    batch_dims: Any = 0,
 ) -> ModuleFunction:
     """Turn a module and a loss into a pure function ``loss(params, *inputs, target)`` of one sample, for the transforms to take.
 
@@ -42,6 +43,9 @@ def functional(
             without one ``forward`` returns the pair. Its tensors lose a first axis of size 1, as that of a batch of one.
         keep_batch_dim: the module sees one sample as a batch of one, ``[1, *shape]``, and so does ``loss_fn``. False: it is written for a
             sample without that axis.
+        batch_dims: where the module and ``loss_fn`` want that axis, if not in front: a tuple like ``in_dims``, with an entry for each input
+            and the target, such as ``(1, 0)`` for a sequence-first ``nn.LSTM`` and its labels; None where one is
+            passed on as it is. It says nothing of where the samples lie in the batch, which is what ``in_dims`` is for.
 
     Returns:
         A ``ModuleFunction``. Its ``params`` are the trainable parameters by name, as the transforms differentiate them.
@@ -68,7 +72,7 @@ def functional(
     for name, own in (("loss_fn", loss_fn), ("forward", forward)):
         if own is not None and not callable(own):
             raise ArgumentError(f"`{name}` must be callable or None; got {type(own).__name__}.")
-    return ModuleFunction(module, loss_fn, forward or _forward, has_aux, keep_batch_dim, {})
+    return ModuleFunction(module, loss_fn, forward or _forward, has_aux, batch_dims if keep_batch_dim else None, {})
 
 
 class ModuleFunction:
@@ -80,16 +84,21 @@ class ModuleFunction:
         loss_fn: Callable[[Any, Any], Tensor] | None,
         forward: Callable[..., Any],
         has_aux: bool,
-        keep_batch_dim: bool,
+        batch_dims: Any,
         bound: dict[str, Tensor],
     ) -> None:
         self.module = module
         self._loss_fn = loss_fn
         self._forward = forward
         self._has_aux = has_aux
-        self.keep_batch_dim = keep_batch_dim
+        self._batch_dims = batch_dims
         self._bound = bound
         self._call = _Call(module, forward)
+
+    @property
+    def keep_batch_dim(self) -> bool:
+        """Whether the module sees one sample as a batch of one."""
+        return self._batch_dims is not None
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -130,7 +139,7 @@ class ModuleFunction:
             (['weight'], {'bias': tensor([1.])})
         """
         check_shapes(tensors, state_of(self.module), "tensors")
-        return ModuleFunction(self.module, self._loss_fn, self._forward, self._has_aux, self.keep_batch_dim, {**self._bound, **tensors})
+        return ModuleFunction(self.module, self._loss_fn, self._forward, self._has_aux, self._batch_dims, {**self._bound, **tensors})
 
     def __call__(self, params: Mapping[str, Tensor], *batch: Any, **named: Any) -> Any:
         """The loss of one sample, with ``has_aux`` a pair; ``batch`` is the inputs, and last the target where there is a ``loss_fn``."""
@@ -147,7 +156,7 @@ class ModuleFunction:
             )
         if self.keep_batch_dim:
             self._check_batch_norms()
-            batch = tuple(_batch_of_one(part) for part in batch)
+            batch = _batch_of_one(batch, self._batch_dims)
         inputs = batch if self._loss_fn is None else batch[:-1]
         output = self._output({**self._bound, **params}, inputs)
         if self._loss_fn is not None:
@@ -264,13 +273,25 @@ def _without_batch(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.squeeze(0) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x, tree)
 
 
-def _batch_of_one(tree: Any) -> Any:
-    """Every tensor with a leading axis of size 1; a packed sequence of one has its own."""
+def _batch_of_one(tree: Any, dims: Any) -> Any:
+    """Every tensor with an axis of size 1 at its place of ``dims``, a prefix tree; a packed sequence of one has its own."""
+    if isinstance(tree, (dict, UserDict)) and isinstance(dims, dict) and tree.keys() == dims.keys():
+        return type(tree)({name: _batch_of_one(part, dims[name]) for name, part in tree.items()})
+    if type(tree) in (tuple, list) and isinstance(dims, (tuple, list)) and len(tree) == len(dims):
+        return type(tree)([_batch_of_one(part, dim) for part, dim in zip(tree, dims, strict=True)])
+    if dims is None:
+        return tree
+    if not isinstance(dims, int) or isinstance(dims, bool):
+        length = f" of {len(tree)}" if isinstance(tree, (tuple, list)) else ""
+        raise ArgumentError(
+            f"`batch_dims` has {dims!r} for a {type(tree).__name__}{length}; it wants a tuple with "
+            " an entry (an axis or None) for each input and the target."
+        )
 
     def one(x: Any) -> Any:
         if isinstance(x, UserDict):
-            return type(x)({name: _batch_of_one(part) for name, part in x.items()})
-        return x.unsqueeze(0) if isinstance(x, Tensor) else x
+            return type(x)({name: _batch_of_one(part, dims) for name, part in x.items()})
+        return x.unsqueeze(dims) if isinstance(x, Tensor) else x
 
     return pytree.tree_map(one, tree, is_leaf=lambda x: type(x) is PackedSequence)
 

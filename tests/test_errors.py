@@ -290,7 +290,8 @@ def test_code_for_a_batch_is_told_what_one_sample_looks_like():
     ("call", "pattern"),
     [
         (lambda: per_sample_grad(linear_loss, {"w": W}), "got a dict. The function's own arguments go to"),
-        (lambda: per_sample.clipped_grad(lambda p, x: (p["a"] @ x).sum(), {"b": 1.0})({"a": W}, X), r"nothing for \['a'\].*\['b'\]"),
+        (lambda: per_sample.clipped_grad(lambda p, x: (p["a"] @ x).sum(), {"b": 1.0})({"a": W}, X), r"nothing for \['a'\].*\['b'\]\.$"),
+        (lambda: per_sample.clipped_grad(lambda p, x: (p["a"] @ x).sum(), [1.0])({"a": W}, X), r"it is a list, the argument a dict\.$"),
         (lambda: per_sample_grad(lambda w, xs: sum((w @ x).sum() for x in xs))(W, [X[0], torch.ones(5)]), "stack them"),
         (lambda: per_sample.functional(torch.nn.Linear(3, 2), torch.nn.MSELoss), r"make one: `MSELoss\(\)`"),
     ],

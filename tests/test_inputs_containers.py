@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict, UserDict
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from per_sample import ArgumentError, per_sample_grad
+from per_sample import ArgumentError, clipped_grad, per_sample_grad, per_sample_grad_dot, per_sample_grad_norm, reference
 from tree_oracle import assert_close, loop
 
 N = 4
@@ -75,10 +77,86 @@ def test_dicts_that_optree_does_not_open_give_each_sample_its_part(kind: Any, ch
     assert_close(shared, loop(lambda w, x: loss(w, x + X[0]), (0,), (None, 0))(W, X)[0])
 
 
-@pytest.mark.parametrize("kind", [Tokens, Output])
-def test_such_a_dict_cannot_be_differentiated(kind: Any) -> None:
-    with pytest.raises(ArgumentError, match=f"holds a {kind.__name__}"):
-        per_sample_grad(lambda p, x: loss(p["w"], x))(kind({"w": W}), X)
+@dataclasses.dataclass
+class Point:
+    w: Any
+    scale: Any = None
+
+
+torch.export.register_dataclass(Point)
+STRUCTURES = {
+    "dataclass": lambda w, scale: Point(w, scale),
+    "nested": lambda w, scale: {"a": [Point(Output(w=w), Tokens(scale=scale))], "b": None},
+    "tokens": lambda w, scale: Tokens(w=w, scale=scale),
+}
+
+
+def parts(tree: Any) -> tuple[Any, Any]:
+    if isinstance(tree, Point):
+        return tree.w, tree.scale
+    return (tree["w"], tree["scale"]) if isinstance(tree, Tokens) else (tree["a"][0].w.w, tree["a"][0].scale.scale)
+
+
+def scaled(tree: Any, x: Tensor) -> Tensor:
+    w, scale = parts(tree)
+    return loss(w, scale * x)
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("transform", [per_sample_grad, reference.per_sample_grad], ids=["fast", "reference"])
+def test_gradients_come_in_the_containers_of_the_parameters(kind: str, transform: Any) -> None:
+    made, scale = STRUCTURES[kind], real(3)
+    params = made(W, scale)
+    expected = loop(lambda w, scale, x: loss(w, scale * x), (0, 1), (None, None, 0))(W, scale, X)
+    found = transform(scaled)(params, X)
+    assert type(found) is type(params)
+    assert_close(parts(found), tuple(expected))
+    both, other = transform(lambda x, p, q: scaled(p, x) + 0 * scaled(q, x), argnums=(1, 2))(X, params, params)
+    assert_close(parts(both), tuple(expected))
+    assert type(other) is type(params)
+    aux = transform(lambda p, x: (scaled(p, x), p), has_aux=True)(params, X)[1]
+    torch.testing.assert_close(parts(aux)[0], W.expand(N, *W.shape))
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_quantities_of_such_parameters(kind: str) -> None:
+    made, scale = STRUCTURES[kind], real(3)
+    params = made(W, scale)
+    g, h = loop(lambda w, scale, x: loss(w, scale * x), (0, 1), (None, None, 0))(W, scale, X)
+    norms = g.flatten(1).norm(dim=1), h.norm(dim=1)
+    assert_close(parts(per_sample_grad_norm(scaled, per_leaf=True)(params, X)), norms)
+    direction = made(torch.ones_like(W), 2 * torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(per_sample_grad_dot(scaled, direction)(params, X), g.flatten(1).sum(1) + 2 * h.sum(1))
+    clip = clipped_grad(scaled, made(0.5, 0.25), return_norms=True)
+    assert clip.sensitivity() == pytest.approx(math.hypot(0.5, 0.25))
+    summed, shown = clip(params, X)
+    assert type(summed) is type(shown) is type(params)
+    assert_close(parts(shown), norms)
+    weights = [(bound / norm).clamp(max=1) for bound, norm in zip((0.5, 0.25), norms, strict=True)]
+    assert_close(parts(summed), (torch.einsum("nij,n->ij", g, weights[0]), weights[1] @ h))
+
+
+def test_a_wrong_structure_of_such_parameters() -> None:
+    for wrong in ([1.0], Output(w=1.0), {"w": 1.0}, Point(1.0, [1.0])):
+        with pytest.raises(ArgumentError, match="structure"):
+            clipped_grad(scaled, max_norm=wrong)(Point(W, real(3)), X)
+    with pytest.raises(ArgumentError, match="`direction` must have the structure"):
+        per_sample_grad_dot(scaled, Output(w=W, scale=real(3)))(Point(W, real(3)), X)
+
+
+def test_what_nobody_can_open_is_told_how_to_register() -> None:
+    with pytest.raises(ArgumentError, match=r"register the type.*register_dataclass"):
+        per_sample_grad(lambda p, x: loss(p.x, x))(Unregistered(W), X)
+
+
+@optree.dataclasses.dataclass(namespace="per_sample")
+class OfOptree:
+    w: Tensor
+
+
+def test_a_type_in_the_librarys_namespace_of_optree() -> None:
+    found = per_sample_grad(lambda p, x: loss(p.w, x))(OfOptree(W), X)
+    assert_close(found.w, loop(loss, (0,), (None, 0))(W, X)[0])
 
 
 @dataclasses.dataclass(slots=True)

@@ -281,6 +281,40 @@ def test_packed_sequences() -> None:
     check(found, looped(lstm, lambda i: F.mse_loss(last(lstm, pack_sequence([sequences[i]])), one(y, i))))
 
 
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.attention, self.head = nn.LSTM(6, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 2)
+
+    def forward(self, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+        h, _ = self.lstm(inputs["x"], (inputs["start"], torch.zeros_like(inputs["start"])))
+        out: Tensor = self.head(self.attention(h, h, h, attn_mask=mask, need_weights=False)[0])
+        return out
+
+
+@pytest.mark.parametrize("dims", [({"x": 1, "start": 1}, None, 1), (1, None, 1)])
+def test_a_module_that_wants_its_batch_elsewhere(dims: Any) -> None:
+    model = SequenceFirst().double()
+    x, start = torch.randn(7, N, 6, dtype=torch.float64), torch.randn(1, N, 4, dtype=torch.float64)
+    mask, y = torch.randn(7, 7, dtype=torch.float64), torch.randn(7, N, 2, dtype=torch.float64)
+    loss = functional(model, F.mse_loss, batch_dims=dims)
+    assert loss.keep_batch_dim
+    found = per_sample_grad(loss, in_dims=(None, 1, None, 1))(loss.params, {"x": x, "start": start}, mask, y)
+
+    def of(i: int) -> Tensor:
+        own: Tensor = F.mse_loss(model({"x": x[:, [i]], "start": start[:, [i]]}, mask), y[:, [i]])
+        return own
+
+    check(found, looped(model, of))
+
+
+@pytest.mark.parametrize("dims", [(1,), (1, 0, 0), {"x": 1}, "first", True, (1, (0, 0))])
+def test_places_of_the_batch_that_do_not_fit(dims: Any) -> None:
+    loss = functional(nn.Linear(3, 2), F.mse_loss, batch_dims=dims)
+    with pytest.raises(ArgumentError, match="`batch_dims` has"):
+        per_sample_grad(loss)(loss.params, torch.randn(N, 3), torch.randn(N, 2))
+
+
 def test_it_compiles() -> None:
     model, (x, y) = network(), images()
     loss = functional(model, F.cross_entropy)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import per_sample
-from per_sample import NonFiniteWarning, clipped_grad, reference
+from per_sample import ArgumentError, NonFiniteWarning, clipped_grad, reference
 from programs import BY_NAME, CLIPPED, D, real
 from quantity_table import middle, only
 from tree_oracle import assert_close
@@ -94,6 +94,41 @@ def test_a_gradient_that_is_not_finite_in_one_place_is_dropped_from_all(where, p
         with pytest.warns(NonFiniteWarning):
             found = package.clipped_grad(fn, bound)(params, x, s)
         assert_close(found, package.clipped_grad(fn, bound)(params, x[rest], s[rest]))
+
+
+NAMES = ["stem.0.weight", "stem.0.bias", "stems", "head.weight"]
+
+
+@both
+def test_groups_of_a_modules_parameters_by_name(package):
+    params = dict(zip(NAMES, [real(2, 3), real(2), real(4, 2), real(4)], strict=True))
+
+    def fn(p, x):
+        return (p["stems"] @ (p["stem.0.weight"] @ x + p["stem.0.bias"]).tanh()) @ p["head.weight"]
+
+    x = real(5, 3)
+    one_by_one = [torch.func.grad(fn)(params, row) for row in x]
+    groups = {"stem": NAMES[:2], "stems": NAMES[2:3], "head": NAMES[3:]}
+    bounds = {"head": 0.2, "stem": 0.3, "stems": 0.4}
+    clipped = package.clipped_grad(fn, bounds, return_norms=True)
+    summed, norms = clipped(params, x)
+    assert norms.keys() == bounds.keys()
+    assert clipped.sensitivity() == pytest.approx(math.hypot(0.2, 0.3, 0.4))
+    for group, names in groups.items():
+        lengths = torch.stack([torch.cat([g[name].flatten() for name in names]).norm() for g in one_by_one])
+        assert_close(norms[group], lengths)
+        weights = (bounds[group] / lengths).clamp(max=1)
+        assert weights.min() < 1
+        for name in names:
+            assert_close(summed[name], sum(w * g[name] for w, g in zip(weights, one_by_one, strict=True)))
+
+
+@both
+@pytest.mark.parametrize("bounds", [["stem", "head"], ["stem", "stems", "head", "tail"], ["stem", "stem.0", "stems", "head"]])
+def test_names_of_modules_that_are_not_those_of_all_parameters(bounds, package):
+    params = {name: real(2) for name in NAMES}
+    with pytest.raises(ArgumentError, match="`max_norm` is not a prefix"):
+        package.clipped_grad(lambda p, x: sum(v.sum() for v in p.values()) * x, dict.fromkeys(bounds, 1.0))(params, real(3))
 
 
 @both

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from per_sample import _trees as trees
+from per_sample._containers import close_tree, open_tree
 from per_sample._errors import ArgumentError, NonFiniteWarning
 from per_sample._signatures import Memory, P, Randomness
 from per_sample.reference.dense import dense_gradients, norms_of, weighted_sums
@@ -77,7 +78,7 @@ class clipped_grad(Generic[P]):
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
         check_memory(memory)
-        self._bounds, self._spec = trees.flatten(max_norm)
+        self._bounds, self._spec = trees.flatten(open_tree(max_norm))
         for bound in self._bounds:
             _check_bound(bound, automatic)
         if not (_is_number(normalize_by) and 0 < normalize_by < math.inf):
@@ -121,7 +122,7 @@ class clipped_grad(Generic[P]):
         out = [found.as_arguments(sums)]
         if self._return_norms:
             shown = [None if bound is None else torch.where(there, norm, 0) for norm, bound in zip(norms, self._bounds, strict=True)]
-            out.append(trees.unflatten(self._spec, shown))
+            out.append(close_tree(trees.unflatten(self._spec, shown)))
         return found.beside(out, values=self._return_values, aux=self._has_aux)
 
     def _weights(self, norm: Tensor, bound: float) -> Tensor:
@@ -132,10 +133,14 @@ class clipped_grad(Generic[P]):
 
     def _members(self, found: Gradients) -> list[list[int]]:
         """The leaves that each bound is for."""
-        numbers = found.as_arguments(list(range(len(found.leaves))))
+        numbers = found.arranged(list(range(len(found.leaves))))
         groups = trees.unflatten(self._spec, list(range(len(self._bounds))))
+        modules = trees.by_module(groups, numbers)
         try:
-            group_of = trees.broadcast_prefix(groups, numbers)
+            if modules is None:
+                group_of = trees.broadcast_prefix(groups, numbers)
+            else:
+                group_of = [groups[modules[number]] for number in trees.flatten(numbers)[0]]
         except ValueError as err:
             raise ArgumentError(f"`max_norm` is not a prefix of the differentiated argument's structure: {err}") from err
         members: list[list[int]] = [[] for _ in self._bounds]

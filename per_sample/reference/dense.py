@@ -11,6 +11,7 @@ from torch import Tensor
 
 from per_sample import _trees as trees
 from per_sample._arguments import as_arguments, read
+from per_sample._containers import close_tree, open_tree
 from per_sample.reference.gradients import per_sample_grad_and_value
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Gradients:
 
     def as_arguments(self, leaves: list[Any]) -> Any:
         """One result for each leaf in the structure of the differentiated argument."""
+        return close_tree(self.arranged(leaves))
+
+    def arranged(self, leaves: list[Any]) -> Any:
+        """The same, with containers that optree does not know opened."""
         return as_arguments(leaves, self.arguments, self.is_tuple, self.args)
 
     def beside(self, results: list[Any], *, values: bool, aux: bool) -> Any:
@@ -51,9 +56,10 @@ def dense_gradients(fn: Callable[..., Any], argnums: Argnums, in_dims: Any, *, h
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gradients:
         grads, rest = both(*args, **kwargs)
+        args = open_tree(args)
         arguments = read(args, argnums, in_dims)
         parts = dict(zip(arguments.argnums, grads if isinstance(argnums, tuple) else (grads,), strict=True))
-        leaves = [g for i in sorted(parts) for g in trees.flatten(parts[i])[0] if isinstance(g, Tensor)]
+        leaves = [g for i in sorted(parts) for g in trees.flatten(open_tree(parts[i]))[0] if isinstance(g, Tensor)]
         values, aux = rest if has_aux else (rest, None)
         return Gradients(leaves, values, aux, arguments, args, isinstance(argnums, tuple))
 

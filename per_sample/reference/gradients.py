@@ -10,6 +10,7 @@ from torch.func import grad_and_value, jacrev, vmap
 
 from per_sample import _trees as trees
 from per_sample._arguments import as_arguments, check_options, one_zero_sample, read
+from per_sample._containers import close_tree, open_tree, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,12 +102,13 @@ def per_sample_grad_and_value(
 
     @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
+        function, args, kwargs, _ = opened(fn, args, kwargs, argnums)
         arguments = read(args, argnums, in_dims)
         structure: list[Any] = []
-        one = _for_one_sample(grad_and_value, fn, arguments, kwargs, has_aux, keep_batch_dim, structure)
+        one = _for_one_sample(grad_and_value, function, arguments, kwargs, has_aux, keep_batch_dim, structure)
         out = _for_all(one, arguments, randomness, chunk_size)
         grads, rest = out[0], out[1]
-        grads = as_arguments(grads, arguments, isinstance(argnums, tuple), args)
+        grads = close_tree(as_arguments(grads, arguments, isinstance(argnums, tuple), args))
         if not has_aux:
             return grads, rest
         values, aux = rest
@@ -152,11 +154,12 @@ def per_sample_jacobian(
 
     @functools.wraps(fn)
     def transformed(*args: Any, **kwargs: Any) -> Any:
+        function, args, kwargs, _ = opened(fn, args, kwargs, argnums)
         arguments = read(args, argnums, in_dims)
         structure: list[Any] = []
-        one = _for_one_sample(jacrev, fn, arguments, kwargs, has_aux, keep_batch_dim, structure)
+        one = _for_one_sample(jacrev, function, arguments, kwargs, has_aux, keep_batch_dim, structure)
         out = _for_all(one, arguments, randomness, chunk_size)
-        jacobians = as_arguments(out[0] if has_aux else out, arguments, isinstance(argnums, tuple), args)
+        jacobians = close_tree(as_arguments(out[0] if has_aux else out, arguments, isinstance(argnums, tuple), args))
         return (jacobians, _restored(out[1], structure)) if has_aux else jacobians
 
     return transformed
@@ -166,7 +169,7 @@ def _restored(tensors: list[Tensor], structure: list[Any]) -> Any:
     """Auxiliary values of all samples, from their tensors and the structure that one sample's had."""
     spec, leaves = structure
     found = iter(tensors)
-    return trees.unflatten(spec, [next(found) if isinstance(x, Tensor) else x for x in leaves])
+    return close_tree(trees.unflatten(spec, [next(found) if isinstance(x, Tensor) else x for x in leaves]))
 
 
 def _for_one_sample(
@@ -188,7 +191,7 @@ def _for_one_sample(
             out = fn(*trees.unflatten(arguments.spec, inner), **kwargs)
             if not has_aux:
                 return out
-            aux, spec = trees.flatten(out[1])
+            aux, spec = trees.flatten(open_tree(out[1]))
             structure[:] = [spec, aux]
             return out[0], [x for x in aux if isinstance(x, Tensor)]
 

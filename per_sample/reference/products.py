@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from per_sample import _trees as trees
+from per_sample._containers import open_tree
 from per_sample._errors import ArgumentError
 from per_sample.reference.dense import Gradients, dense_gradients
 from per_sample.reference.map import LeafGrads
@@ -183,8 +184,8 @@ def projected_grad(
 
 def _checked(direction: Any, found: Gradients) -> list[Tensor]:
     """The leaves of a direction that has the structure of one sample's gradients, in the order of the positional arguments."""
-    numbers, wanted = trees.flatten(found.as_arguments(list(range(len(found.leaves)))))
-    leaves, spec = trees.flatten(direction)
+    numbers, wanted = trees.flatten(found.arranged(list(range(len(found.leaves)))))
+    leaves, spec = trees.flatten(open_tree(direction))
     if spec != wanted:
         raise ArgumentError(f"`direction` must have the structure of one sample's gradients, {wanted}; got {spec}.")
     given = {number: v for number, v in zip(numbers, leaves, strict=True) if number is not None}

@@ -13,6 +13,7 @@ from torch import Tensor
 from per_sample import _distributed
 from per_sample import _trees as trees
 from per_sample._batches import rows
+from per_sample._containers import open_tree
 from per_sample._errors import ArgumentError, NonFiniteWarning
 from per_sample._kernels.functional import must_be_functional
 from per_sample._signatures import Memory, P, Randomness
@@ -70,7 +71,8 @@ def clipped_grad(
     Args:
         fn: as in ``per_sample_grad``.
         max_norm: the bound on the L2 norm of each sample's gradient, a positive number (also ``math.inf``: nothing is clipped) or a 0-dim
-            tensor; or a prefix pytree of the differentiated argument, with one bound for each group of leaves below it.
+            tensor; or a prefix pytree of the differentiated argument, with one bound for each group of leaves below it. Where that is a
+            module's parameters by name, so are groups: ``{"encoder": 1.0, "head": 0.5}`` bounds what begins with ``encoder.`` together.
         argnums: as in ``per_sample_grad``.
         in_dims: as in ``per_sample_grad``.
         normalize_by: what the sum is divided by, such as the expected batch size.
@@ -112,7 +114,7 @@ def clipped_grad(
     for name, number, least in (("normalize_by", normalize_by, 0.0), ("stability", stability, 0.0)):
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not least < number < math.inf:
             raise ArgumentError(f"`{name}` must be a positive number; got {number!r}.")
-    for bound in trees.flatten(max_norm)[0]:
+    for bound in trees.flatten(open_tree(max_norm))[0]:
         _check_bound(bound, automatic)
     return ClippedGrad(fn, convention, max_norm, normalize_by, stability if automatic else None, return_norms, return_values, memory)
 
@@ -179,7 +181,7 @@ class ClippedGrad(Generic[P]):
         """
         if relation not in _RELATIONS:
             raise ArgumentError(f"`relation` must be one of {tuple(_RELATIONS)}; got {relation!r}.")
-        bounds = [float(bound) for bound in trees.flatten(self._max_norm)[0] if bound is not None]
+        bounds = [float(bound) for bound in trees.flatten(open_tree(self._max_norm))[0] if bound is not None]
         return _RELATIONS[relation] * math.hypot(*bounds) / self._normalize_by
 
     # That a call takes what the function takes, and one name more, cannot be said: with `is_padding` the other arguments are unchecked.
@@ -213,7 +215,7 @@ class ClippedGrad(Generic[P]):
         norms = self._norms(weighed, padding)
         if self._return_norms:
             shown = [None if bound is None else norm for norm, bound in zip(norms, bounds, strict=True)]
-            out.append(targets.trees.unflatten(structure, shown))
+            out.append(targets.closed(targets.trees.unflatten(structure, shown)))
         return weighed.evaluation.beside(out, values=self._return_values, aux=self._convention.has_aux)
 
     def _weigh(

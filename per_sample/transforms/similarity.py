@@ -211,17 +211,17 @@ def _rows_here(
     fn: Callable[..., Any], convention: Convention, other: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Evaluation | None:
     """Of a batch on several ranks: each has the rows of its samples, for which it runs the samples of all; else None."""
-    function, here, shared, ranks = prepared(fn, convention, args, kwargs)
+    outside, ranks = prepared(fn, convention, args, kwargs)
     if ranks is None:
         return None
     if convention.randomness != "error":
         raise UnsupportedError("`grad_gram` of DTensors runs a sample on every rank, where it would not draw the same random numbers.")
-    found, targets, _ = evaluate_here(function, convention, lambda _: _Held(), here, shared, ranks)
+    found, targets, _ = evaluate_here(outside, convention, lambda _: _Held(), ranks)
     ranks.check_count()
     second = args if other is None else _with_others(args, other, targets)
-    function, second, shared = opened(_distributed.with_whole_state(fn), second, kwargs, convention.argnums)
-    second, shared = _distributed.gathered(convention, second, shared)
-    columns = evaluate_here(function, convention, lambda _: _Against(found.result), second, shared, None)[0]
+    others = opened(_distributed.with_whole_state(fn), second, kwargs, convention.argnums)
+    second, shared = _distributed.gathered(convention, others.args, others.kwargs)
+    columns = evaluate_here(others._replace(args=second, kwargs=shared), convention, lambda _: _Against(found.result), None)[0]
     return together(found, ranks)._replace(result=ranks.rows(columns.result))
 
 
