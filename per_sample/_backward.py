@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from per_sample._batched import Batched, Context, storage_of, wrap_shared
@@ -179,15 +180,22 @@ def _factor(grad: Tensor | None, target: Tensor, ctx: Context) -> Factor:
 
 def _held(grad: Tensor, ctx: Context) -> Factor:
     """The form in which a gradient is held."""
+    grad = unwrap_if_dead(grad)
     if type(grad) is Batched and grad.ctx is ctx and grad.factor is not None:
         return grad.factor
-    return Dense(read_out(grad, ctx))
+    if ctx.caller is None:
+        return Dense(read_out(grad, ctx))
+    # What the caller has is his here, and no tensor from outside of the program.
+    with torch._C.DisableTorchFunction(), ctx.caller(in_dispatch=False):
+        return Dense(read_out(grad, ctx))
 
 
 def read_out(x: Any, ctx: Context) -> Any:
     """A value of the program as the caller sees it, ``[n, ...]``; what all samples share is expanded."""
     if not isinstance(x, Tensor):
         return x
+    # A `torch.func.vjp` of the program's own leaves its wrapper on what it has returned.
+    x = unwrap_if_dead(x)
     if type(x) is Batched and x.ctx is ctx:
         if not x.shared:
             return x.physical

@@ -164,6 +164,8 @@ def _custom_forwards() -> dict[CodeType, str]:
     return found
 
 
+_DEAD = -2
+
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.detach_, torch.detach_, _DATA}
 
@@ -210,6 +212,9 @@ class CallerMode(TorchFunctionMode):
 
     def _is_the_callers(self, x: Tensor, caller: Caller, certain: bool) -> bool:
         if _functorch.is_functorch_wrapped_tensor(x):
+            # What a `vjp` of the program's own leaves behind when it is over; the caller's levels live as long as this runs.
+            if _functorch.maybe_get_level(x) == _DEAD:
+                return False
             return bool(caller.stack) and (certain or id(x) in self.captured)
         if type(x) is not Batched and x.is_inference():
             return True
