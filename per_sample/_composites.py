@@ -109,7 +109,7 @@ def _is_undisturbed(ctx: Context, device: str) -> bool:
 
 def _is_alone(ctx: Context, device: str) -> bool:
     """Whether the interpreter is what would see an op next, as it is, and derivatives end with it."""
-    if ctx.caller is not None or ctx.functional or torch.is_autocast_enabled(device):
+    if ctx.caller is not None or ctx.functional or (device != "meta" and torch.is_autocast_enabled(device)):
         return False
     return getattr(_get_current_dispatch_mode(), "ctx", None) is ctx
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
+import per_sample as ps
 from per_sample import per_sample_grad, per_sample_grad_and_value, reference
 from tree_oracle import assert_close, loop
 
@@ -177,6 +178,30 @@ def test_meta_tensors_give_shapes() -> None:
     grads, values = per_sample_grad_and_value(loss)(W.to("meta"), X.to("meta"))
     assert (grads.device.type, grads.shape, grads.dtype) == ("meta", (N, 2, 3), D)
     assert (values.device.type, values.shape, values.dtype) == ("meta", (N,), D)
+
+
+def fused(w: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, w).tanh().sum()
+
+
+QUANTITIES_ON_META = {
+    "norms": (ps.per_sample_grad_norm(fused), (N,)),
+    "clipped": (ps.clipped_grad(fused, 1.0), (2, 3)),
+    "clipped, low": (ps.clipped_grad(fused, 1.0, memory="low", chunk_size=2), (2, 3)),
+    "weighted": (ps.weighted_grad(fused, lambda norms: 1 / norms), (2, 3)),
+    "gram": (ps.grad_gram(fused), (N, N)),
+    "variance": (ps.grad_variance(fused), (2, 3)),
+    "noise scale": (ps.gradient_noise_scale(fused), ()),
+    "projected": (ps.projected_grad(fused, ps.GaussianProjector(5)), (N, 5)),
+    "jacobian": (ps.per_sample_jacobian(lambda w, x: torch.nn.functional.linear(x, w)), (N, 2, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTITIES_ON_META)
+def test_quantities_of_meta_tensors_have_shapes(name: str) -> None:
+    transform, shape = QUANTITIES_ON_META[name]
+    found = transform(W.to("meta"), X.to("meta"))
+    assert (found.device.type, found.shape) == ("meta", shape)
 
 
 @pytest.mark.parametrize("active", [False, True])

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def must_be_functional(*tensors: Tensor) -> bool:
-    """Whether anything but these tensors' values is asked for: derivatives, a transform, a trace."""
+    """Whether anything but these tensors' values is asked for (derivatives, a transform, a trace), or they have none."""
     differentiates = torch.is_grad_enabled()
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return True
-        if differentiates and tensor.requires_grad:
+        if tensor.is_meta or (differentiates and tensor.requires_grad):
             return True
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
