@@ -13,10 +13,11 @@ from per_sample import _trees as trees
 from per_sample._batched import Batched, Context, wrap
 from per_sample._errors import ArgumentError, RuleError
 from per_sample._interpreter import Interpreter
+from per_sample._record import Recorder
 from per_sample.transforms import per_sample_grad_and_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch._ops import OpOverload
 
@@ -124,9 +125,9 @@ def check_rule(op: OpOverload, *args: Any, rtol: float | None = None, atol: floa
         **kwargs: keyword arguments of the op.
 
     Raises:
-        AssertionError: if a result, or an argument afterwards, differs from that of a loop over samples.
+        AssertionError: if a result, or an argument afterwards, differs from that of a loop over samples, or follows another sample's NaN.
         ArgumentError: if no argument is a tensor.
-        RuleError: if the op has no rule.
+        RuleError: if the op has no rule, or that left all to the fallback.
 
     Example:
         >>> import torch
@@ -140,14 +141,22 @@ def check_rule(op: OpOverload, *args: Any, rtol: float | None = None, atol: floa
     tensors = [i for i, a in enumerate(leaves) if isinstance(a, Tensor)]
     if not tensors:
         raise ArgumentError("`check_rule` needs at least one argument that is a tensor.")
+    recorder = Recorder()
     written = {i for i in tensors if _writes(op, paths[i])}
     for choice in [choice for choice in _choices(tensors) if written <= set(choice)]:
+        where = f"`{op}` with {', '.join(_name(op, paths[i]) for i in choice)} batched"
         for n in (1, 3):
             rows, expected = _one_by_one(op, leaves, spec, choice, n)
             for innermost in (False, True):
-                found = _at_once(op, leaves, spec, rows, n, innermost)
-                where = f"`{op}` with {', '.join(_name(op, paths[i]) for i in choice)} batched"
-                _compare(where, n, found, expected, rtol, atol)
+                found = _at_once(op, leaves, spec, rows, n, recorder, innermost)
+                _compare(where, range(n), found, expected, rtol, atol)
+        try:
+            found = _at_once(op, leaves, spec, {i: _with_nan(x) for i, x in rows.items()}, n, recorder)
+        except Exception:
+            continue
+        _compare(f"{where} and NaN in sample 1", (0, 2), found, expected, rtol, atol)
+    if not any(name == str(op) and route in ("rule", "pointwise") for name, route in recorder.rows):
+        raise RuleError(f"The rule of `{op}` left every choice of batched arguments to the fallback.")
 
 
 def _name(op: OpOverload, path: tuple[Any, ...]) -> str:
@@ -183,9 +192,11 @@ def _one_by_one(op: OpOverload, leaves: list[Any], spec: Any, batched: list[int]
         return rows, [_call(op, spec, [rows[i][j].clone() if i in rows else _copy(a) for i, a in enumerate(leaves)]) for j in range(n)]
 
 
-def _at_once(op: OpOverload, leaves: list[Any], spec: Any, rows: dict[int, Tensor], n: int, innermost: bool) -> Any:
+def _at_once(
+    op: OpOverload, leaves: list[Any], spec: Any, rows: dict[int, Tensor], n: int, recorder: Recorder, innermost: bool = False
+) -> tuple[list[Any], list[Any]]:
     """The arguments and results after one call for all samples, these innermost in memory or not."""
-    ctx = Context(n)
+    ctx = Context(n, recorder=recorder, simple=False)
 
     def lift(x: Tensor) -> Any:
         return wrap(ctx, x.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0) if innermost else x.clone())
@@ -199,17 +210,25 @@ def _call(op: OpOverload, spec: Any, leaves: list[Any]) -> tuple[list[Any], list
     return leaves, optree.tree_leaves(op(*args, **kwargs), none_is_leaf=True)
 
 
-def _compare(where: str, n: int, found: tuple[list[Any], list[Any]], expected: list[Any], rtol: Any, atol: Any) -> None:
+def _compare(where: str, samples: Sequence[int], found: tuple[list[Any], list[Any]], expected: list[Any], rtol: Any, atol: Any) -> None:
+    n = len(expected)
     for kind, what in enumerate(("argument", "result")):
         for k, got in enumerate(found[kind]):
             if not isinstance(got, Tensor):
                 continue
             value = got.physical if type(got) is Batched and not got.shared else got.expand(n, *got.shape)
-            for j in range(n):
+            for j in samples:
                 try:
                     torch.testing.assert_close(value[j], expected[j][kind][k], rtol=rtol, atol=atol, equal_nan=True)
                 except AssertionError as err:
                     raise AssertionError(f"{where}, sample {j}, {what} {k}{' afterwards' if kind == 0 else ''}: {err}") from err
+
+
+def _with_nan(rows: Tensor) -> Tensor:
+    rows = rows.clone()
+    if rows.is_floating_point() or rows.is_complex():
+        rows[1] = torch.nan
+    return rows
 
 
 def _samples_like(x: Tensor, n: int) -> Tensor:

@@ -82,6 +82,41 @@ def test_a_rule_that_returns_the_wrong_thing(table, wrong, pattern):
         per_sample_grad(loss)(W, X)
 
 
+@torch.library.custom_op("per_sample_tests::unknown", mutates_args=())
+def unknown(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Has no kernel for shapes alone."""
+    return x * factor
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pattern"),
+    [
+        (lambda x, factor: x.physical.sum(-1), r"shape \[4\]; for 4 samples the op gives \[4, 3\]"),
+        (lambda x, factor: x.physical.sum(-1, keepdim=True), r"shape \[4, 1\]"),
+        (lambda x, factor: x.physical[:1] * factor, r"shape \[1, 3\]"),
+        (lambda x, factor: (x.physical * factor).half(), "float16"),
+    ],
+    ids=["axis lost", "axis of size 1", "one sample", "dtype"],
+)
+def test_a_wrong_rule_of_an_op_that_must_run_to_tell_its_shape(table, wrong, pattern):
+    def wrong_rule(x, factor):
+        return wrong(x, factor)
+
+    rule(torch.ops.per_sample_tests.unknown.default)(wrong_rule)
+    with pytest.raises(per_sample.RuleError, match=pattern):
+        per_sample_grad(lambda w, x: (w * unknown(x, 2.0)).sum())(W, X.clone())
+
+
+def test_a_right_rule_of_an_op_that_must_run_to_tell_its_shape(table):
+    @rule(torch.ops.per_sample_tests.unknown.default)
+    def unknown_rule(x, factor):
+        return x.physical * factor
+
+    fn = lambda w, x: (w * unknown(x, 2.0)).sum()  # noqa: E731
+    torch.testing.assert_close(per_sample_grad(fn)(W, X), 2 * X)
+    torch.testing.assert_close(torch.func.vmap(per_sample_grad(fn), (0, None))(torch.stack([W, 2 * W]), X), 2 * X.expand(2, 4, 3))
+
+
 def test_a_rule_with_wrong_numbers_is_found_by_check_rule(table):
     @rule(SCALE)
     def wrong_numbers(x, factor):
@@ -192,6 +227,24 @@ def test_check_rule_sees_what_an_op_writes(table):
 
     with pytest.raises(AssertionError, match="argument 0 afterwards"):
         check_rule(op, torch.randn(3), torch.randn(3))
+
+
+def test_a_rule_through_which_nan_spreads_is_found_by_check_rule(table):
+    @rule(SCALE)
+    def spreading(x, factor):
+        return x.physical * factor + 0 * x.physical.sum(0)
+
+    with pytest.raises(AssertionError, match="NaN in sample 1, sample 0, result 0"):
+        check_rule(SCALE, torch.randn(2, 5), 3.0)
+
+
+def test_a_rule_that_leaves_every_case_is_found_by_check_rule(table):
+    @rule(SCALE)
+    def idle(x, factor):
+        return NotImplemented
+
+    with pytest.raises(per_sample.RuleError, match="every choice"):
+        check_rule(SCALE, torch.randn(2, 5), 3.0)
 
 
 def test_a_rule_may_leave_a_case_to_the_fallback(table):
