@@ -44,6 +44,23 @@ def test_one_graph_for_batches_of_any_size(quantity, of):
     assert frames[1:] == frames[:-1]
 
 
+@pytest.mark.parametrize("quantity", ["norm", "clipped", "clipped, low", "weights of norms"])
+def test_a_graph_break_in_the_function_is_refused_by_name(quantity):
+    def breaking(p, x, y):
+        torch._dynamo.graph_break()
+        return MLP.loss(p, x, y)
+
+    transformed = {
+        "norm": per_sample.per_sample_grad_norm(breaking),
+        "clipped": per_sample.clipped_grad(breaking, 1.0),
+        "clipped, low": per_sample.clipped_grad(breaking, 1.0, memory="low"),
+        "weights of norms": per_sample.weighted_grad(breaking, lambda norms: 1 / norms),
+    }[quantity]
+    args = (*MLP.params, *MLP.samples(3))
+    with pytest.raises(per_sample.DataDependentError, match="in one piece"):
+        torch.compile(lambda *args: transformed(*args), backend="eager")(*args)
+
+
 def assert_same(actual, expected):
     torch.testing.assert_close(optree.tree_leaves(actual), optree.tree_leaves(expected))
     assert optree.tree_structure(actual) == optree.tree_structure(expected)

@@ -41,6 +41,11 @@ def ctc(p: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
     return F.ctc_loss(scores, INDEX[:2].abs().clamp(min=1), torch.tensor([6, 6]), lengths.clamp(1, 3), reduction="none")
 
 
+def ctc_of_one(p: Tensor, x: Tensor, targets: Tensor, length: Tensor) -> Tensor:
+    """Without a batch axis: neither the targets nor the lengths have one."""
+    return F.ctc_loss((p * x).log_softmax(-1), targets.abs().clamp(1, 4), length + 3, torch.tensor(3))
+
+
 def pooled(p: Tensor, x: Tensor) -> Tensor:
     return F.adaptive_max_pool3d(p, (1, 2, 2)) * x
 
@@ -58,6 +63,7 @@ CASES: dict[str, tuple[Callable[..., Any], Tensor, tuple[Tensor, ...]]] = {
     "solve for a vector": (torch.linalg.solve, real(4, 4), (real(N, 4),)),
     "solve for a shared vector": (lambda p, x: torch.linalg.solve(x, p), real(4), (real(N, 4, 4),)),
     "ctc": (ctc, real(6, 2, 5), (real(N, 6, 2, 5), LENGTHS)),
+    "ctc without a batch axis": (ctc_of_one, real(6, 5), (real(N, 6, 5), INDEX, LENGTHS[:, 0])),
     "embedding bag, maximum": (bag, real(5, 4), (torch.arange(15).reshape(N, 5) * 7, LENGTHS)),
     "masked scatter": (lambda p, m, x: p.masked_scatter(m, x), real(2, 4), (MASK, real(N, 7))),
     "masked scatter in place": (lambda p, m, x: x.clone().masked_scatter_(m, p), real(7), (MASK, real(N, 2, 4))),

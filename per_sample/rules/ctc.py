@@ -19,8 +19,11 @@ def _sequences(log_probs: Any, n: int) -> Tensor:
 
 
 def _in_a_row(x: Any, n: int) -> Any:
-    """``[n * b, ...]``; a list of lengths is every sample's. Targets of one axis lie one behind the other already."""
-    return physical(x, n).flatten(0, 1) if isinstance(x, Tensor) else list(x) * n
+    """``[n * b, ...]``; a list of lengths is every sample's, and so is a length without an axis, of a sequence without a batch axis."""
+    if not isinstance(x, Tensor):
+        return list(x) * n
+    rows = physical(x, n)
+    return rows.flatten(0, 1) if rows.dim() > 1 else rows
 
 
 @rule(aten._ctc_loss.default, aten._ctc_loss.Tensor)
