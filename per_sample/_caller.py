@@ -122,6 +122,8 @@ def _refuse_custom_function() -> None:
         name = bodies.get(frame.f_code)
         if frame.f_code is _APPLY:
             name = getattr(frame.f_locals.get("cls"), "__name__", "a custom function")
+        elif name is not None and name.startswith("GeneratedBackwardFor_"):
+            name = str(frame.f_locals.get("op", name))  # one body for all ops of `torch.library`
         if name is not None:
             _refuse(name)
         frame = frame.f_back  # type: ignore[assignment]
@@ -142,9 +144,9 @@ def refuse_custom_nodes(loss: Tensor) -> None:
 
 def _refuse(name: str) -> NoReturn:
     raise UnsupportedError(
-        f"`{name}` is a torch.autograd.Function, and the per-sample gradients are being differentiated once more: its `backward` would be "
-        "ignored in the outer derivative. Write it with differentiable torch ops, or detach the arguments (or use torch.no_grad()) where "
-        "the outer derivative is not wanted."
+        f"`{name}` has a `backward` of its own (a torch.autograd.Function, or an op's `register_autograd`), and the per-sample gradients "
+        "are being differentiated once more: the outer derivative would ignore it. Write it with differentiable torch ops, or detach the "
+        "arguments (or use torch.no_grad()) where the outer derivative is not wanted."
     )
 
 
@@ -160,7 +162,7 @@ def _custom_forwards() -> dict[CodeType, str]:
         waiting += cls.__subclasses__()
         body = getattr(inspect.unwrap(cls.forward), "__code__", None)
         if body is not None and cls.forward is not torch.autograd.Function.forward:
-            found[body] = cls.__name__
+            found.setdefault(body, cls.__name__)  # a class before those that inherit from it
     return found
 
 

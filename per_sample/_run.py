@@ -234,4 +234,6 @@ def check_output(loss: Any, keep_batch_dim: bool, *, scalar: bool = True) -> Non
     if loss.layout is not torch.strided:
         raise NotScalarError(f"`fn` must return a dense loss; it returned one of layout {loss.layout}.")
     if not loss.is_floating_point():
-        raise NotScalarError(f"`fn` must return a real floating-point loss; it returned dtype {loss.dtype}.")
+        what = "a real floating-point loss" if scalar else "real floating-point numbers"
+        hint = " Take its two parts: `torch.view_as_real`." if loss.is_complex() and not scalar else ""
+        raise NotScalarError(f"`fn` must return {what}; it returned dtype {loss.dtype}.{hint}")

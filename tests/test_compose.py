@@ -308,6 +308,33 @@ def test_custom_function_is_refused_where_its_backward_would_be_ignored():
         through_autograd(per_sample_grad, straight_loss)
 
 
+class Steeper(Straight):
+    """Of the same forward pass, and not used."""
+
+
+def test_the_custom_function_that_was_used_is_named():
+    with pytest.raises(UnsupportedError, match="`Straight` has a `backward` of its own"):
+        through_autograd(per_sample_grad, straight_loss)
+
+
+def test_an_op_with_a_backward_of_its_own_is_refused_by_its_name():
+    @torch.library.custom_op("per_sample_compose::cubed", mutates_args=())
+    def cubed(x: torch.Tensor) -> torch.Tensor:
+        return x**3
+
+    cubed.register_autograd(
+        lambda ctx, g: 3 * g * ctx.saved_tensors[0] ** 2, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    )
+
+    def cubed_loss(p, x, y):
+        return ((cubed(F.linear(x, p["w"], p["b"])) - y) ** 2).sum()
+
+    grads = per_sample_grad(cubed_loss)(params(), X, Y)
+    torch.testing.assert_close(grads, per_sample_grad(lambda p, x, y: ((F.linear(x, p["w"], p["b"]) ** 3 - y) ** 2).sum())(params(), X, Y))
+    with pytest.raises(UnsupportedError, match=r"`per_sample_compose.cubed.default` has a `backward` of its own"):
+        through_autograd(per_sample_grad, cubed_loss)
+
+
 class Reversed(torch.autograd.Function):
     """Runs no op of its own in the forward pass."""
 

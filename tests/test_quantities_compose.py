@@ -85,7 +85,7 @@ def _closed_over_by_clipping(package, c):
 
 
 def _other_batch(package, x):
-    return package.grad_gram(MIXED.loss, other=(INDEX[:2], x))(*MIXED.args)
+    return package.grad_gram(MIXED.loss, other=[INDEX[:2], x])(*MIXED.args)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

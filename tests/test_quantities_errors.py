@@ -129,7 +129,7 @@ MAKERS = {
     "relation": lambda p: p.clipped_grad(MLP.loss, 1.0).sensitivity("remove"),
     "variance": lambda p: p.grad_variance(MLP.loss, correction="1"),
     "no projector": lambda p: p.projected_grad(MLP.loss, 4),
-    "other that is no tuple": lambda p: p.grad_gram(MLP.loss, other=[MLP.args[1]]),
+    "other that is no tuple": lambda p: p.grad_gram(MLP.loss, other=MLP.args[1]),
     "across": lambda p: p.per_sample_grad_map(MLP.loss, lambda g: g.sq_norm(), across="all"),
     "a map that is no function": lambda p: p.per_sample_grad_map(MLP.loss, 3),
     "trees of another structure": lambda p: p.per_sample_grad_map(MLP.loss, lambda g, t: g.dot(t), trees=({"w": 1},))(*MLP.args),
@@ -235,6 +235,8 @@ def test_a_map_of_the_whole_batch_is_refused_in_parts():
     ("leaf", "error", "pattern"),
     [
         (lambda g: g.abs().sum(1), AttributeError, "`materialize\\(\\)` gives the gradients as one"),
+        (lambda g: torch.flatten(g, 1), TypeError, "flatten"),
+        (lambda g: g[0], ArgumentError, "no tensor that has an index.*`materialize\\(\\)`"),
         (lambda g: g.nothing, AttributeError, "no attribute 'nothing'\\."),
         (lambda g: g.weighted_sum(torch.ones(3)), ArgumentError, "one for each of the"),
         (lambda g: g.dot(torch.ones(7, 7)), ArgumentError, "shape of one sample's gradient"),
@@ -243,7 +245,7 @@ def test_a_map_of_the_whole_batch_is_refused_in_parts():
 def test_a_mistake_in_a_map_is_told_with_its_leaf(leaf, error, pattern):
     with pytest.raises(error, match=pattern) as caught:
         per_sample.per_sample_grad_map(MLP.loss, leaf)(*MLP.args)
-    assert any("LeafGrads(n=" in note and "leaf " in note for note in caught.value.__notes__)
+    assert any("LeafGrads(n=" in note and "leaf " in note and "`materialize()`" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("ord", [1.0, 2.0, 3.5, math.inf])

@@ -130,6 +130,16 @@ def test_in_the_dtype_of_the_parameters(dtype, package):
     assert_close(found, torch.eye(2)[None, :, :, None].expand(5, 2, 2, 3).to(dtype))
 
 
+def test_complex_outputs_come_in_two_parts():
+    w, x = real(2, 3), real(5, 3)
+    wave = lambda w, x: torch.polar((w[0] @ x).exp(), w[1] @ x)  # noqa: E731
+    with pytest.raises(per_sample.NotScalarError, match=r"real floating-point numbers.*complex128.*view_as_real"):
+        per_sample.per_sample_jacobian(wave)(w, x)
+    parts = lambda w, x: torch.view_as_real(wave(w, x))  # noqa: E731
+    expected = torch.stack([torch.autograd.functional.jacobian(lambda v, one=one: parts(v, one), w) for one in x])
+    assert_close(per_sample.per_sample_jacobian(parts)(w, x), expected)
+
+
 @both
 def test_what_is_no_tensor_is_refused(package):
     with pytest.raises((per_sample.PerSampleError, RuntimeError, TypeError) if package is reference else per_sample.PerSampleError):

@@ -327,6 +327,16 @@ def test_an_op_that_torch_func_cannot_differentiate_is_compared_with_a_loop(tabl
         assert_matches_reference(fn, W, x, **options)
 
 
+def test_what_vmap_fails_in_is_compared_with_a_loop():
+    gru = torch.nn.GRU(3, 5)
+    state = {name: p.detach() for name, p in gru.named_parameters()}
+
+    def recurrent(p, x):
+        return torch.func.functional_call(gru, p, (x,))[0].square().sum()
+
+    assert_matches_reference(recurrent, state, torch.randn(4, 6, 3), rtol=1e-4, atol=1e-5)
+
+
 def test_a_rule_for_an_op_of_a_linear_layer_is_asked(table):
     """`F.linear` is one op of the library's own only where the library's own rules would have been asked."""
     asked = []

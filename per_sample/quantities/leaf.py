@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from per_sample._factors import Factor
     from per_sample.quantities.projectors import Projector
 
+_AS_TENSOR = "`materialize()` gives the gradients as one, [n, *shape]"
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LeafGrads:
@@ -47,8 +49,11 @@ class LeafGrads:
         return f"LeafGrads(n={self.n}, shape={list(self.shape)}, held as {type(self.factor).__name__})"
 
     def __getattr__(self, name: str) -> Any:
-        hint = " It is no tensor: `materialize()` gives the gradients as one, [n, *shape]." if hasattr(Tensor, name) else ""
+        hint = f" It is no tensor: {_AS_TENSOR}." if hasattr(Tensor, name) else ""
         raise AttributeError(f"'LeafGrads' object has no attribute {name!r}.{hint}")
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise ArgumentError(f"A `LeafGrads` is no tensor that has an index: {_AS_TENSOR}.")
 
     def __len__(self) -> int:
         return self.n

@@ -76,7 +76,7 @@ def grad_gram(
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
-    other: tuple[Any, ...] | None = None,
+    other: tuple[Any, ...] | list[Any] | None = None,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
@@ -107,8 +107,8 @@ def grad_gram(
         tensor([[25.,  3.],
                 [ 3.,  1.]])
     """
-    if other is not None and not isinstance(other, tuple):
-        raise ArgumentError(f"`other` must be a tuple of arguments; got {type(other).__name__}.")
+    if other is not None and not isinstance(other, (tuple, list)):
+        raise ArgumentError(f"`other` must be a tuple of arguments, such as `(x,)`; got {type(other).__name__}.")
     gradients = dense_gradients(
         fn, argnums, in_dims, has_aux=has_aux, keep_batch_dim=keep_batch_dim, chunk_size=chunk_size, randomness=randomness
     )

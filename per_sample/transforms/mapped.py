@@ -132,7 +132,10 @@ class _Mapped(Quantity):
         try:
             found = self.of_leaf(grads, *self.entries[number])
         except Exception as err:
-            err.add_note(f"`leaf` was called with the gradients of leaf {number} of the differentiated argument: {grads!r}.")
+            err.add_note(
+                f"`leaf` was called with the gradients of leaf {number} of the differentiated argument: {grads!r}. They are no tensor: "
+                "`materialize()` gives one."
+            )
             raise
         if not isinstance(found, Tensor):
             raise ArgumentError(f"`leaf` must return a tensor; it returned {type(found).__name__}.")

@@ -122,7 +122,7 @@ def grad_gram(
     argnums: Argnums = ...,
     in_dims: Any = ...,
     *,
-    other: tuple[Any, ...] | None = ...,
+    other: tuple[Any, ...] | list[Any] | None = ...,
     has_aux: Literal[False] = ...,
     **options: Unpack[RunOptions],
 ) -> Callable[P, Tensor]: ...
@@ -132,7 +132,7 @@ def grad_gram(
     argnums: Argnums = ...,
     in_dims: Any = ...,
     *,
-    other: tuple[Any, ...] | None = ...,
+    other: tuple[Any, ...] | list[Any] | None = ...,
     has_aux: bool = ...,
     **options: Unpack[RunOptions],
 ) -> Callable[P, Any]: ...
@@ -141,7 +141,7 @@ def grad_gram(
     argnums: Argnums = 0,
     in_dims: Any = None,
     *,
-    other: tuple[Any, ...] | None = None,
+    other: tuple[Any, ...] | list[Any] | None = None,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
     chunk_size: int | None = None,
@@ -155,8 +155,8 @@ def grad_gram(
         fn: as in ``per_sample_grad``.
         argnums: as in ``per_sample_grad``.
         in_dims: as in ``per_sample_grad``; for a second batch the same.
-        other: a second batch: the arguments that are not differentiated, as a tuple in their order. Then the products are those between the
-            batches.
+        other: a second batch: the arguments that are not differentiated, as a tuple or a list in their order. Then the products are those
+            between the batches.
         has_aux: as in ``per_sample_grad``; the auxiliary values are those of the first batch.
         keep_batch_dim: as in ``per_sample_grad``.
         chunk_size: at most that many samples run at once; of all samples what the products need is held.
@@ -181,8 +181,8 @@ def grad_gram(
         Jacot et al., Neural Tangent Kernel, 2018, https://arxiv.org/abs/1806.07572.
     """
     convention = Convention(argnums, in_dims, has_aux, keep_batch_dim, chunk_size, randomness)
-    if other is not None and not isinstance(other, tuple):
-        raise ArgumentError(f"`other` must be a tuple of arguments; got {type(other).__name__}.")
+    if other is not None and not isinstance(other, (tuple, list)):
+        raise ArgumentError(f"`other` must be a tuple of arguments, such as `(x,)`; got {type(other).__name__}.")
 
     convention.check(fn)
 
@@ -208,7 +208,7 @@ def grad_gram(
 
 
 def _rows_here(
-    fn: Callable[..., Any], convention: Convention, other: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., Any], convention: Convention, other: tuple[Any, ...] | list[Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Evaluation | None:
     """Of a batch on several ranks: each has the rows of its samples, for which it runs the samples of all; else None."""
     outside, ranks = prepared(fn, convention, args, kwargs)
@@ -228,7 +228,7 @@ def _rows_here(
 _untraced = _disable_dynamo(_rows_here)
 
 
-def _with_others(args: tuple[Any, ...], other: tuple[Any, ...], targets: Targets) -> tuple[Any, ...]:
+def _with_others(args: tuple[Any, ...], other: tuple[Any, ...] | list[Any], targets: Targets) -> tuple[Any, ...]:
     """The arguments with those of the second batch in their places."""
     places = [i for i in range(len(args)) if i not in targets.arguments.argnums]
     if len(other) != len(places):
