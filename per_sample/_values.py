@@ -55,22 +55,24 @@ def agreed(ctx: Context, rows: Tensor, what: str, *, split: bool = False, number
 
 
 def _message(what: str, hint: str) -> str:
-    return (
-        f"{what} asks for the value of a tensor that differs between samples{_place()}. Use `torch.where` or masks instead of a branch, "
-        f"keep the value as a tensor, or return it with `has_aux=True`. {hint}"
-    )
+    place, installed = _place()
+    remedies = ["Use `torch.where` or masks instead of a branch, keep the value as a tensor, or return it with `has_aux=True`.", hint]
+    if installed:
+        remedies.reverse()
+    return f"{what} asks for the value of a tensor that differs between samples{place}. {' '.join(remedies)}"
 
 
-def _place() -> str:
-    """Where the program stands: the innermost line that is neither this library's nor torch's."""
+def _place() -> tuple[str, bool]:
+    """Where the program stands, the innermost line that is neither this library's nor torch's, and whether that is installed code."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if not any(path.is_relative_to(home) for home in _OURS):
             line = linecache.getline(str(path), frame.f_lineno).strip()
-            return f", in {'/'.join(path.parts[-2:])}, line {frame.f_lineno}" + (f" (`{line}`)" if line else "")
+            place = f", in {'/'.join(path.parts[-2:])}, line {frame.f_lineno}" + (f" (`{line}`)" if line else "")
+            return place, "site-packages" in path.parts
         frame = frame.f_back
-    return ""
+    return "", False
 
 
 _OURS = [Path(package.__file__).parent for package in (torch, optree, sys.modules[__package__]) if package.__file__]

@@ -206,9 +206,11 @@ class ModuleFunction:
         norms = [(name, m) for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
         found = [name for name, m in norms if m.training or m.running_mean is None]
         if found:
+            trained = any(m.training and m.running_mean is not None for _, m in norms)
+            eval_mode = "Put them in eval mode, or use" if trained else "They have no running statistics for eval mode: use"
             raise BatchNormError(
                 f"{len(found)} batch norm layer(s), such as {found[0]!r}, would normalise over the batch, which mixes samples: there is no "
-                "per-sample gradient. Put them in eval mode, or use group, layer or instance norm instead."
+                f"per-sample gradient. {eval_mode} group, layer or instance norm instead."
             )
 
     def _check_names(self, params: Any) -> None:

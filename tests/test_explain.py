@@ -30,6 +30,7 @@ from per_sample import (
 )
 from per_sample._explanation.advice import advice_on
 from per_sample._explanation.report import Op, Run
+from per_sample._record import Formed
 
 PARAMS = {"c": torch.randn(4, 2, 3, 3), "w": torch.randn(5, 36), "unused": torch.randn(2)}
 X, Y = torch.randn(3, 2, 5, 5), torch.tensor([0, 4, 1])
@@ -90,10 +91,13 @@ def test_bytes_of_rows_blocks_and_sums():
     assert found["blocks"].held_bytes == BYTES * 9 * 2 * 8 * (4 + 5)
     assert found["twice"].form == "sum of 2 x sum of 8 outer products"
     assert found["twice"].held_bytes == BYTES * 9 * 2 * 8 * (4 + 3)
-    assert found["table"].form in ("sum of sum of 3 outer products + 3 of 11 rows", "sum of 3 of 11 rows + sum of 3 outer products")
+    assert found["table"].form in (
+        "sum of sum of 3 outer products + 3 positions in 11 rows",
+        "sum of 3 positions in 11 rows + sum of 3 outer products",
+    )
     assert found["table"].held_bytes == BYTES * 9 * 3 * (11 + 6) + 9 * 3 * 8 + BYTES * 9 * 3 * 6
     rows = explain(lambda t, i: F.embedding(i, t).sin().sum())(table, torch.randint(11, (9, 3))).parameters[0]
-    assert (rows.factor, rows.form, rows.held_bytes) == ("Rows", "3 of 11 rows", 9 * 3 * 8 + BYTES * 9 * 3 * 6)
+    assert (rows.factor, rows.form, rows.held_bytes) == ("Rows", "3 positions in 11 rows", 9 * 3 * 8 + BYTES * 9 * 3 * 6)
 
 
 def test_the_algorithm_of_a_convolution():
@@ -275,6 +279,12 @@ def test_tensors_that_require_grad():
     closed_over = explain(lambda v, x: (w * v * x).sum())(torch.ones(3), x)
     assert closed_over.run.restarts == ((),)
     assert "pass that as an argument, or detach it" in advice(closed_over)
+
+
+@pytest.mark.parametrize(("size", "seconds", "told"), [(10**5, 0.3, True), (10**5, 0.1, False), (10**8, 0.1, True)])
+def test_gradients_formed_count_by_time_or_by_size(size, seconds, told):
+    found = advice_on([], [], Run(1, 2.0, 0.0, 1.9, (), (), False), [Formed("Outer", "aten.mul.Tensor", size, seconds)])
+    assert ["has gradients formed" in item.text for item in found] == [True] * told
 
 
 def test_gradients_that_an_op_wants_formed():

@@ -180,14 +180,14 @@ def test_the_module_runs_in_the_mode_it_is_in() -> None:
 def test_what_mixes_samples_or_writes_buffers_is_refused() -> None:
     (x, y), model = images(), network().train()
     loss = functional(model, F.cross_entropy)
-    with pytest.raises(BatchNormError, match=r"1 batch norm layer.*'1'"):
+    with pytest.raises(BatchNormError, match=r"1 batch norm layer.*'1'.*eval mode, or use group"):
         per_sample_grad(loss)(loss.params, x, y)
     # Without running statistics, in either mode, a batch of one is an instance norm, and a batch of several another function.
     for training in (True, False):
         loss = functional(
             nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)).double().train(training), forward=lambda m, x: m(x).sum()
         )
-        with pytest.raises(BatchNormError):
+        with pytest.raises(BatchNormError, match=r"no running statistics for eval mode: use group"):
             per_sample_grad(loss)(loss.params, x)
     spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)).double()
     loss = functional(spectral, F.mse_loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_samples_of_different_values_run_apart_where_that_is_allowed(name):
     assert_close(values, torch.stack([fn(W, x) for x in X]))
     with pytest.raises(DataDependentError, match="split_batch=True"):
         per_sample_grad(fn)(W, X)
+
+
+def test_code_that_is_installed_is_not_to_be_changed(tmp_path, monkeypatch):
+    place = tmp_path / "site-packages" / "somebodys.py"
+    place.parent.mkdir()
+    place.write_text("def loss(w, x):\n    return (w * x).sum() if x.sum() > 0 else w.sum()\n")
+    monkeypatch.syspath_prepend(str(place.parent))
+    with pytest.raises(DataDependentError, match=r"somebodys.py, line 2 .*split_batch=True.*Use `torch.where`"):
+        per_sample_grad(importlib.import_module("somebodys").loss)(W, X)
+    with pytest.raises(DataDependentError, match=r"test_values.py, .*Use `torch.where`.*split_batch=True"):
+        per_sample_grad(by_sum)(W, X)
 
 
 @pytest.mark.parametrize("name", ["by_sum", "by_mask", "by_list"])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from per_sample._record import Formed
 
 # Below these, advice is not worth a line.
-_SHARE, _FORMED_BYTES, _LARGE_BYTES = 0.01, 2**24, 2**30
+_SHARE, _FORMED_SHARE, _FORMED_BYTES, _LARGE_BYTES = 0.01, 0.1, 2**24, 2**30
 # Above this share between the ops, those are too small for their number; unless it is more seconds for each than Python takes, as in a
 # first call or where the function does something else.
 _PYTHON, _PYTHON_SECONDS = 0.5, 5e-4
@@ -68,12 +68,13 @@ def _on_forming(parameters: Sequence[Parameter], run: Run, formed: Sequence[Form
     if any(question.question == "materialize" for parameter in parameters for question in parameter.questions):
         return
     for found in formed:
-        if found.bytes >= _FORMED_BYTES:
+        share = found.seconds / (run.seconds or 1.0)
+        if found.bytes >= _FORMED_BYTES or share >= _FORMED_SHARE:
             yield Advice(
                 f"`{found.op}` has gradients formed, {size(found.bytes)} at once, that could have stayed a form of less memory "
                 f"({found.factor}): use the weight as a whole, not in slices or normalised, where that can be; or pass a (smaller) "
                 "`chunk_size`.",
-                found.seconds / (run.seconds or 1.0),
+                share,
             )
 
 
@@ -101,7 +102,11 @@ def _on_runs(run: Run) -> Iterator[Advice]:
         ops = sorted({f"`{op}`" for op in run.splits if op})
         cause = " and ".join(ops) + (" asks" if len(ops) == 1 else " ask") if ops else "the function asks"
         packed = all("_pack_padded_sequence" in op for op in run.splits)
-        remedy = "Leave sequences padded, or batch those of one length." if packed else "Use `torch.where` or masks instead of a branch."
+        remedy = (
+            "Leave sequences padded, or batch those of one length."
+            if packed
+            else "Use `torch.where` or masks instead of a branch, where it is yours."
+        )
         yield Advice(f"The samples ran apart, {run.runs} runs in all, since {cause} for values on which they do not agree. {remedy}", 1.0)
     if run.differentiable:
         yield Advice(
@@ -120,6 +125,6 @@ def _on_python(ops: Sequence[Op], parameters: Sequence[Parameter], run: Run) -> 
     if between >= _PYTHON and run.seconds * between <= _PYTHON_SECONDS * sum(op.count for op in ops):
         yield Advice(
             "Most of the time goes by between the ops, in Python (this report's own among it): they are small for their number. Take more "
-            "samples at once, or compile the call with `torch.compile`.",
+            "samples at once, or compile the call with `torch.compile` (which refuses `nn.LSTM` and its kind).",
             between,
         )

@@ -21,7 +21,7 @@ def form(factor: Factor) -> str:
         groups = factor.geometry.groups
         return "convolution" if groups == 1 else f"convolution, {groups} groups"
     if isinstance(factor, Rows):
-        return f"{factor.index.shape[1]} of {factor.num_rows} rows"
+        return f"{factor.index.shape[1]} positions in {factor.num_rows} rows"
     if isinstance(factor, View):
         return f"{form(factor.base)}, reshaped"
     if isinstance(factor, Hadamard):
