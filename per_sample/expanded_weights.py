@@ -193,7 +193,7 @@ class _Call:
                 if _is_tensor(row[0])
             ]
             pairs = zip(found, (d for d in self.out_dims if d is not None), cotangents, strict=True)
-            terms = [(o * g.unsqueeze(d).conj()).real.sum() for o, d, g in pairs if o.is_floating_point() or o.is_complex()]
+            terms = [_product(o, g.unsqueeze(d)) for o, d, g in pairs if o.is_floating_point() or o.is_complex()]
             return sum(terms), found
 
         params = {name: p.detach() for name, p in self.trained.items()}
@@ -226,6 +226,15 @@ class _Call:
         if value.shape[dim] != 1:
             raise ModuleCallError(f"A result has shape {list(value.shape)} for one sample: its samples do not stand along axis {dim}.")
         return value
+
+
+def _product(result: Tensor, cotangent: Tensor) -> Tensor:
+    if result.shape != cotangent.shape:
+        raise ModuleCallError(
+            f"A result has shape {list(result.shape)} for one sample, where the batch's has {list(cotangent.shape)}: make its size depend on "
+            "the arguments' shapes alone (`pad_packed_sequence(..., total_length=...)`)."
+        )
+    return (result * cotangent.conj()).real.sum()
 
 
 def _batch_size(leaves: list[Any], axis: int) -> int:

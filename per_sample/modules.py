@@ -67,6 +67,8 @@ def functional(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"`module` must be an nn.Module; got {type(module).__name__}.")
+    if hasattr(module, "autograd_grad_sample_hooks"):
+        raise ArgumentError("`module` has the hooks of Opacus in its layers: take them off with `model.to_standard_module()`.")
     if isinstance(loss_fn, type):
         raise ArgumentError(f"`loss_fn` is the class {loss_fn.__name__}; make one: `{loss_fn.__name__}()`.")
     for name, own in (("loss_fn", loss_fn), ("forward", forward)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads as of_torch
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from checked import score
 from per_sample import BatchNormError, ModuleCallError, call_for_per_sample_grads
@@ -224,6 +224,32 @@ def test_a_sample_that_gives_something_else_alone_is_refused(make, args):
     out = call_for_per_sample_grads(make().double())(*(torch.randn(shape, dtype=D) for shape in args))
     with pytest.raises(ModuleCallError, match="One sample alone gives another result"):
         out.sum().backward()
+
+
+class Repacks(nn.Module):
+    """Pads to the longest sequence that it sees, or to what the input has."""
+
+    whole = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1] if self.whole else None)[0]
+
+
+def test_a_sample_that_gives_another_shape_alone_is_refused():
+    x, lengths = torch.randn(3, 5, 4, dtype=D), torch.tensor([5, 2, 4])
+    model = Repacks().double()
+    with pytest.raises(ModuleCallError, match=r"\[1, 2, 6\] for one sample.*\[1, 5, 6\].*total_length"):
+        call_for_per_sample_grads(model)(x, lengths).sum().backward()
+    model.whole = True
+    call_for_per_sample_grads(model, loss_reduction="sum")(x, lengths).sum().backward()
+    for i in range(3):
+        expected = torch.autograd.grad(model(x[i : i + 1], lengths[i : i + 1]).sum(), list(model.parameters()))
+        torch.testing.assert_close([p.grad_sample[i] for p in model.parameters()], list(expected))
 
 
 @pytest.mark.parametrize("change", ["input", "parameter", "mode"])

@@ -483,6 +483,13 @@ def test_a_frozen_encoder_with_padding_is_refused_while_torch_would_fuse_it(grad
         check(per_sample_grad(loss)(loss.params, x, mask), looped(model, lambda i: forward(model, one(x, i), one(mask, i))))
 
 
+def test_a_module_with_the_hooks_of_another_library_is_refused() -> None:
+    model = network()
+    model.autograd_grad_sample_hooks = []  # as Opacus leaves it
+    with pytest.raises(ArgumentError, match="to_standard_module"):
+        functional(model, F.cross_entropy)
+
+
 def test_parameters_can_be_read_in_a_compiled_function() -> None:
     model, (x, y) = network(), images()
     loss = functional(model, F.cross_entropy)
