@@ -231,8 +231,8 @@ class _Call:
 def _product(result: Tensor, cotangent: Tensor) -> Tensor:
     if result.shape != cotangent.shape:
         raise ModuleCallError(
-            f"A result has shape {list(result.shape)} for one sample, where the batch's has {list(cotangent.shape)}: make its size depend on "
-            "the arguments' shapes alone (`pad_packed_sequence(..., total_length=...)`)."
+            f"A result has shape {list(result.shape)} for one sample, where the batch's has {list(cotangent.shape)}: make its size depend "
+            "on the arguments' shapes alone (`pad_packed_sequence(..., total_length=...)`)."
         )
     return (result * cotangent.conj()).real.sum()
 
