@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from contextlib import ExitStack, contextmanager
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.utils.hooks
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_restore_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
+    temporarily_restore_interpreter_stack,
+)
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from per_sample._batched import Batched, is_recorded, storage_of, wrap, wrap_shared
+from per_sample._batched import Batched, is_recorded, storage_of, wrap_shared
 from per_sample._errors import UnsupportedError
 from per_sample._keys import all_keys
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from per_sample._batched import Context
+    from per_sample._captured import Reached
 
 
 def has_derivative_level() -> bool:
@@ -65,6 +69,8 @@ class Caller:
         self.enclosing: list[CallerMode] = []
         # Physical ops are under way, whose tensors are the caller's own.
         self.inside = 0
+        # The program detaches a tensor, as opposed to autograd, which does so with what it saves.
+        self.detaches = 0
         # A leaf that requires grad came from outside the function.
         self.closed_over = False
 
@@ -79,6 +85,7 @@ class Caller:
         enabled = torch.is_grad_enabled()
         if not enabled and not in_engine and self.differentiates:
             _refuse_custom_function()
+            _refuse_saved_tensor_hooks()
         with ExitStack() as context:
             if in_dispatch:
                 context.enter_context(all_keys())
@@ -129,6 +136,17 @@ def _refuse_custom_function() -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def _refuse_saved_tensor_hooks() -> None:
+    """What such a hook makes of a tensor, without grad mode, has that tensor's history for autograd here, and none for the caller."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+        raise UnsupportedError(
+            "Hooks on saved tensors (`saved_tensors_hooks`, `save_on_cpu`) inside `fn`, and the per-sample gradients are being "
+            "differentiated once more: the outer derivative would miss what they make of them. Leave them away, or detach the arguments "
+            "(or use torch.no_grad()) where the outer derivative is not wanted."
+        )
+
+
 def refuse_custom_nodes(loss: Tensor) -> None:
     """The same for a custom function that runs no op of its own in ``forward``, which later versions show in the graph alone."""
     waiting, seen = [loss.grad_fn], set()
@@ -175,7 +193,7 @@ _DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.detach_, torch.detach
 class CallerMode(TorchFunctionMode):
     """Sees what the dispatcher cannot tell: detaches written by the user, and closed-over functorch tensors."""
 
-    def __init__(self, ctx: Context, captured: set[int]) -> None:
+    def __init__(self, ctx: Context, captured: Reached) -> None:
         super().__init__()
         self.ctx = ctx
         self.captured = captured
@@ -186,9 +204,20 @@ class CallerMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._lift, (args, kwargs))
-        if func in _DETACH and type(args[0]) is Batched and args[0].ctx is self.ctx:
-            return self._detach(args[0])
-        return func(*args, **kwargs)
+        if func not in _DETACH:
+            return func(*args, **kwargs)
+        caller = self.ctx.caller
+        assert caller is not None
+        caller.detaches += 1
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            caller.detaches -= 1
+        if out is args[0] and type(out) is Batched and out.ctx is self.ctx:
+            # In place, of which the dispatcher does not hear.
+            with caller(in_dispatch=False):
+                out._value = out.physical.detach()
+        return out
 
     def _lift(self, x: Tensor) -> Tensor:
         """A closed-over tensor of the caller's as a shared one; those of the transforms around this one get theirs first."""
@@ -207,8 +236,13 @@ class CallerMode(TorchFunctionMode):
             if id(x) not in self.lifted:
                 # The pair is kept, so that the id stays taken.
                 self.ctx.borrow(x)
-                self.lifted[id(x)] = (x, wrap_shared(self.ctx, x))
-                caller.differentiates |= self.ctx.grad_mode and is_recorded(x)
+                recorded = self.ctx.grad_mode and is_recorded(x)
+                # Outside of the transforms of the program's own, which would not have it.
+                lifted = wrap_shared(self.ctx, x)
+                with temporarily_clear_interpreter_stack():
+                    lifted.requires_grad_(recorded)
+                self.lifted[id(x)] = (x, lifted)
+                caller.differentiates |= recorded
                 caller.closed_over |= x.requires_grad and x.grad_fn is None
             return self.lifted[id(x)][1]
 
@@ -217,52 +251,21 @@ class CallerMode(TorchFunctionMode):
             # What a `vjp` of the program's own leaves behind when it is over; the caller's levels live as long as this runs.
             if _functorch.maybe_get_level(x) == _DEAD:
                 return False
-            return bool(caller.stack) and (certain or id(x) in self.captured)
+            return bool(caller.stack) and (certain or id(x) in self.captured.wrappers or self._is_from_outside(x))
         if type(x) is not Batched and x.is_inference():
             return True
         # What the caller's autograd records must not be touched by ops of its own: a backward pass would run them unrecorded.
         return x.requires_grad and self.ctx.grad_mode and storage_of(x) not in self.ctx.born
 
-    def _detach(self, x: Batched) -> Batched:
-        assert self.ctx.caller is not None
-        with self.ctx.caller(in_dispatch=False):
-            value = x.physical.detach()
-        return (wrap_shared if x.shared else wrap)(self.ctx, value)
-
-
-def captured_wrappers(fn: Any) -> set[int]:
-    """The ids of the functorch tensors that a function reaches through its closure, globals, defaults and bound objects."""
-    found: set[int] = set()
-    seen: set[int] = set()
-    waiting = [fn]
-    while waiting:
-        x = waiting.pop()
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        if isinstance(x, Tensor):
-            if _functorch.is_functorch_wrapped_tensor(x):
-                found.add(id(x))
-        elif isinstance(x, FunctionType):
-            waiting += [c.cell_contents for c in x.__closure__ or () if not _is_empty(c)]
-            waiting += [x.__globals__[name] for name in x.__code__.co_names if name in x.__globals__]
-            waiting += x.__defaults__ or ()
-        elif isinstance(x, MethodType):
-            waiting += [x.__self__, x.__func__]
-        elif isinstance(x, functools.partial):
-            waiting += [x.func, *x.args, *x.keywords.values()]
-        elif isinstance(x, dict):
-            waiting += x.values()
-        elif isinstance(x, (list, tuple, set)):
-            waiting += x
-        elif hasattr(x, "__dict__") and not isinstance(x, (type, ModuleType)):
-            waiting += vars(x).values()
-    return found
-
-
-def _is_empty(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
+    def _is_from_outside(self, x: Tensor) -> bool:
+        """Of a wrapper that is in use below a transform of the program's own: that wraps what the program has."""
+        while _functorch.is_functorch_wrapped_tensor(x):
+            x = _functorch.get_unwrapped(x)
+        if type(x) is Batched:
+            return x.ctx.depth < self.ctx.depth
+        if storage_of(x) in self.ctx.born or storage_of(x) in self.captured.storages:
+            return False
+        raise UnsupportedError(
+            "A torch.func transform in `fn` meets a tensor from outside of `fn`, and there is a transform there, too: nobody can tell to "
+            "which of them it belongs. Pass it to `fn` as an argument (`in_dims` of None: the same for all samples)."
+        )

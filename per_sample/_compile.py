@@ -8,17 +8,20 @@ out by ``_Runner``, and only the physical ops reach the final graph.
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._functorch.autograd_function import autograd_function_apply
 from torch._higher_order_ops.base_hop import BaseHOP
 
 from per_sample import _arguments, _torch_trees
 from per_sample._backward import differentiate, read_out
 from per_sample._batched import Batched, Context
+from per_sample._dynamo import prepare
 from per_sample._errors import DataDependentError, UnsupportedError
 from per_sample._marks import TracedGrads, answered, ops
 from per_sample._run import check_output, lift, split_aux
@@ -104,9 +107,13 @@ class _Runner(torch.fx.Interpreter):
         if packet is ops.gradient:
             self.over = True
             loss, leaves, _ = args
-            return [LeafGrads(factor, functional=True) for factor in differentiate(loss, leaves, self.ctx, retain_graph=True)]
+            with torch.enable_grad():
+                return [LeafGrads(factor, functional=True) for factor in differentiate(loss, leaves, self.ctx, retain_graph=True)]
         if packet is ops.ask:
             return self._tail(answered, args, kwargs)
+        if target is autograd_function_apply:
+            # It would mark those that are not among these in the graph of the caller's, who has none of them.
+            kwargs = {**kwargs, "saved_for_backward_idx": range(sys.maxsize)}
         return self._tail(super().call_function, (target, args, kwargs), {}) if self.over else super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -119,32 +126,9 @@ class _Runner(torch.fx.Interpreter):
             return f(*args, **kwargs)
 
 
-def _share_numbers() -> None:
-    """Let Python numbers that are inputs of the graph be read outside of subgraphs, so that the next subgraph knows them, too.
-
-    Dynamo reads one (`Tensor.item`) where it meets it first. In a second subgraph, as of chunks, it would then look for it in vain.
-    """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    graph = InstructionTranslator.current_tx().output
-    create_proxy = graph.create_proxy
-
-    def shared(kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
-        # What is recorded of a graph's input that stands for a number.
-        source = args[0].node.meta.get("grapharg") if kind == "call_method" and target == "item" else None
-        create = graph.root_tracer.create_proxy if getattr(source, "pass_arg_as_tensor", False) else create_proxy
-        return create(kind, target, args, kwargs, *rest, **options)
-
-    graph.create_proxy = shared  # type: ignore[method-assign]
-
-
-# Dynamo calls it while it traces; `assume_constant_result` would do the same, but import dynamo first.
-_share_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def evaluate(fn: Any, convention: Convention, bind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any, Targets]:
     """One quantity of the gradients of one batch, as dynamo traces it."""
-    _share_numbers()
+    prepare()
     arguments = _arguments.read(args, convention.argnums, convention.in_dims, _torch_trees)
     targets = Targets.of(convention, arguments, args, _torch_trees)
     quantity = bind(targets)
@@ -157,7 +141,8 @@ def evaluate(fn: Any, convention: Convention, bind: Any, args: tuple[Any, ...], 
     def piece(leaves: list[Any], n: int, samples: Any, empty: bool = False) -> Any:
         def one() -> Any:
             inputs, marked = _mark(arguments, leaves, convention.keep_batch_dim)
-            loss, aux = split_aux(fn(*_torch_trees.unflatten(arguments.spec, inputs), **kwargs), convention.has_aux)
+            with torch.enable_grad():
+                loss, aux = split_aux(fn(*_torch_trees.unflatten(arguments.spec, inputs), **kwargs), convention.has_aux)
             check_output(loss, convention.keep_batch_dim, scalar=not convention.jacobian)
             aux = pytree.tree_map(lambda x: ops.read_out(x, n) if isinstance(x, Tensor) else x, aux)
             outputs = loss.reshape(-1).unbind() if convention.jacobian else (loss,)

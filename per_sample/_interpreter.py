@@ -27,7 +27,6 @@ from per_sample._skipped import skip
 
 aten = torch.ops.aten
 
-
 _in_inference_mode = torch.is_inference_mode_enabled
 _DETACH = aten.detach.default
 
@@ -141,12 +140,14 @@ def _alias(ctx: Context, x: Tensor) -> Tensor:
     """Autograd detaches what it saves: the same value without this level's history, and with all of the caller's."""
     if type(x) is not Batched or x.ctx is not ctx:
         return aten.detach.default(x)
-    if x.factor is not None:
-        return wrap_factor(ctx, x.factor, x)
     if x.shared:
         ctx.view(x.physical)
-        return wrap_shared(ctx, x.physical)
-    return wrap(ctx, x.physical)
+    if ctx.caller is not None and ctx.caller.detaches:
+        with ctx.caller():
+            return (wrap_shared if x.shared else wrap)(ctx, x.physical.detach())
+    if x.factor is not None:
+        return wrap_factor(ctx, x.factor, x)
+    return (wrap_shared if x.shared else wrap)(ctx, x.physical)
 
 
 def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> Any:

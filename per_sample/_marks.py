@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from per_sample._errors import UnsupportedError
 from per_sample._factors import Dense
@@ -38,6 +39,47 @@ def _gradient(loss: Tensor, leaves: list[Tensor], n: int) -> list[Tensor]:
 @torch.library.register_fake("per_sample::read_out", lib=_library)
 def _read_out(x: Tensor, n: int) -> Tensor:
     return x.new_empty((n, *x.shape))
+
+
+@torch.library.impl("per_sample::leaf", "Autograd", lib=_library)
+def _leaf_recorded(x: Tensor, dim: int) -> Tensor:
+    """Requires grad, as dynamo looks at a custom function's backward only where its arguments do."""
+    with torch._C._AutoDispatchBelowAutograd():
+        leaf = ops.leaf(x, dim).requires_grad_()
+    _callers[leaf] = x.requires_grad
+    return leaf
+
+
+@torch.library.impl("per_sample::gradient", "Autograd", lib=_library)
+def _gradient_recorded(loss: Tensor, leaves: list[Tensor], n: int) -> list[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = ops.gradient(loss, leaves, n)
+    return [_outside(grad, loss) for grad in grads]
+
+
+@torch.library.impl("per_sample::read_out", "Autograd", lib=_library)
+def _read_out_recorded(x: Tensor, n: int) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        values = ops.read_out(x, n)
+    return _outside(values, x)
+
+
+_callers = WeakTensorKeyDictionary()
+
+
+def _outside(found: Tensor, of: Tensor) -> Tensor:
+    """What the caller is given, which requires grad where something of the caller's does, as opposed to the leaves made here."""
+    waiting, seen = [of.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and _callers.get(variable, True) and torch.is_grad_enabled():
+            return found.requires_grad_().clone()
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 @torch.library.register_fake("per_sample::ask", lib=_library)

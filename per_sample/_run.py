@@ -14,7 +14,7 @@ from torch import Tensor
 from per_sample import _trees as trees
 from per_sample._arguments import hides_tensors
 from per_sample._backward import Reduced, by_output, differentiate, read_out
-from per_sample._batched import Batched, Context, wrap, wrap_shared
+from per_sample._batched import Batched, Context, is_recorded, wrap, wrap_shared
 from per_sample._caller import Restart
 from per_sample._composites import composites
 from per_sample._containers import open_tree
@@ -132,6 +132,11 @@ def _raise_typed(err: Exception) -> None:
             "A value that differs under the `vmap` around this transform is written into a tensor that does not; build it out of place. "
             f"{err}"
         ) from err
+    if isinstance(err, RuntimeError) and "INTERNAL ASSERT FAILED" in str(err) and "functorch" in str(err):
+        raise UnsupportedError(
+            "A torch.func transform in the function is applied to a tensor of a transform around this one, which the function closes over. "
+            f"Pass it as an argument (`in_dims` of None: the same for all samples). {err}"
+        ) from err
     if isinstance(err, ValueError) and "Expected more than 1 value per channel" in str(err):
         raise BatchNormError(f"Batch normalisation in training mode mixes samples; call `module.eval()`. torch says: {err}") from err
 
@@ -182,7 +187,11 @@ def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
     finally:
         ctx.expands = expands
     with nullcontext() if ctx.caller is None else torch._C.DisableTorchFunction():
-        return wrap_shared(ctx, value) if dim is None and ctx.copies < 3 else wrap(ctx, value)
+        lifted = wrap_shared(ctx, value) if dim is None and ctx.copies < 3 else wrap(ctx, value)
+        # As where it comes from: `torch.autograd.functional` detaches what does not require grad, and the caller would lose a derivative.
+        if ctx.caller is not None and ctx.grad_mode and is_recorded(value):
+            lifted.requires_grad_()
+        return lifted
 
 
 def _bare(leaf: Tensor) -> Tensor:

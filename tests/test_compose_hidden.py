@@ -1,0 +1,252 @@
+"""What only an outer transform or derivative sees of a function: detaches, hooks, tensors of the caller's that it reaches by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.functional import jacobian
+from torch.func import grad, hessian, jvp, vjp, vmap
+
+from per_sample import UnsupportedError, per_sample_grad
+
+N, D = 5, torch.float64
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+W, V, X, OUTSIDE = real(3, 4), real(3), real(N, 3), real(N, 3, 4)
+
+
+def in_place(w: Tensor, x: Tensor) -> Tensor:
+    h = x @ w
+    z = h * 1
+    z.detach_()
+    return (z * h).sum()
+
+
+def shared_in_place(w: Tensor, x: Tensor) -> Tensor:
+    s = w * 2
+    s.detach_()
+    return (s * w * x[:, None]).sum()
+
+
+def below_grad(w: Tensor, x: Tensor) -> Tensor:
+    return (grad(lambda q: ((q @ w).tanh().detach() * q.sum()).sum())(x) ** 2).sum() + (x @ w).sin().sum()
+
+
+def below_grad_data(w: Tensor, x: Tensor) -> Tensor:
+    return (grad(lambda q: ((q @ w).tanh().data * q.sum()).sum())(x) ** 2).sum()
+
+
+def below_grad_in_place(w: Tensor, x: Tensor) -> Tensor:
+    def inner(q: Tensor) -> Tensor:
+        y = (q @ w) * 1
+        y.detach_()
+        return (y * q.sum()).sum()
+
+    return (grad(inner)(x) ** 2).sum()
+
+
+def below_grad_argument(w: Tensor, x: Tensor) -> Tensor:
+    return (grad(lambda q: ((q @ w.detach()).tanh() * q.sum()).sum())(x) ** 2).sum() + (w**2).sum()
+
+
+def below_vmap(w: Tensor, x: Tensor) -> Tensor:
+    return (vmap(lambda c: (c @ x).tanh().detach() * c.sum(), 1)(w) * (x @ w)).sum()
+
+
+def below_jvp(w: Tensor, x: Tensor) -> Tensor:
+    return jvp(lambda q: (q @ w).detach() * q.sum(), (x,), (x.cos(),))[1].sum() ** 2 + (x @ w).sin().sum()
+
+
+def below_vjp(w: Tensor, x: Tensor) -> Tensor:
+    return (vjp(lambda q: (q @ w).tanh().detach() * q.sum(), x)[1](x.new_ones(4))[0] ** 2).sum() + (x @ w).sin().sum()
+
+
+def below_hessian(w: Tensor, x: Tensor) -> Tensor:
+    return (hessian(lambda q: ((q @ w).tanh() * (q @ w).detach()).sum())(x) ** 2).sum()
+
+
+def of_lists_in_place(w: Tensor, x: Tensor) -> Tensor:
+    a = x @ w
+    torch._foreach_mul_([a], 2.0)
+    return (a * a).sin().sum()
+
+
+def jacobians(w: Tensor, x: Tensor) -> Tensor:
+    return (jacobian(lambda q: (q @ w).tanh(), x, create_graph=True) ** 2).sum()
+
+
+FUNCTIONS = [
+    in_place,
+    shared_in_place,
+    below_grad,
+    below_grad_data,
+    below_grad_in_place,
+    below_grad_argument,
+    below_vmap,
+    below_jvp,
+    below_vjp,
+    below_hessian,
+    of_lists_in_place,
+    jacobians,
+]
+
+
+def by_loop(fn: Any, w: Tensor, xs: Tensor, create_graph: bool = False) -> Tensor:
+    w = w if w.requires_grad else w.clone().requires_grad_()
+    return torch.stack([torch.autograd.grad(fn(w, x), w, create_graph=create_graph)[0] for x in xs])
+
+
+def derivative(of: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    at = at.clone().requires_grad_()
+    out = of(at)
+    return torch.autograd.grad(out, at, materialize_grads=True)[0] if out.requires_grad else torch.zeros_like(at)
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
+def test_first_derivatives(fn: Any) -> None:
+    expected = by_loop(fn, W, X)
+    torch.testing.assert_close(per_sample_grad(fn)(W, X), expected)
+    torch.testing.assert_close(per_sample_grad(fn)(W.clone().requires_grad_(), X).detach(), expected)
+    with torch.inference_mode():
+        found = per_sample_grad(fn)(W, X) if fn is not jacobians else expected
+    torch.testing.assert_close(found.clone(), expected)
+    if fn not in (jacobians, of_lists_in_place):  # which functorch refuses
+        torch.testing.assert_close(vmap(per_sample_grad(fn), (0, None))(torch.stack([W, 2 * W]), X)[0], expected)
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
+def test_second_derivatives(fn: Any) -> None:
+    by_params = derivative(lambda w: (by_loop(fn, w, X, create_graph=True) * OUTSIDE).sum(), W)
+    by_batch = derivative(lambda x: (by_loop(fn, W, x, create_graph=True) * OUTSIDE).sum(), X)
+    for expected, of, at in (
+        (by_params, lambda w: (per_sample_grad(fn)(w, X) * OUTSIDE).sum(), W),
+        (by_batch, lambda x: (per_sample_grad(fn)(W, x) * OUTSIDE).sum(), X),
+    ):
+        torch.testing.assert_close(derivative(of, at), expected)
+        torch.testing.assert_close(grad(of)(at), expected)
+        nested = per_sample_grad(lambda a, s, of=of: of(a * s))(at, torch.ones(2, dtype=D))
+        torch.testing.assert_close(nested, expected.expand(2, *expected.shape))
+
+
+@pytest.mark.parametrize("hook", [lambda t: t * 1, lambda t: t.clone()])
+def test_hooks_on_saved_tensors_are_refused_where_a_derivative_would_be_lost(hook: Any) -> None:
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+            return (x @ w).sin().sum()
+
+    torch.testing.assert_close(per_sample_grad(fn)(W, X), by_loop(fn, W, X))
+    with pytest.raises(UnsupportedError, match="saved_tensors_hooks"):
+        per_sample_grad(fn)(W.clone().requires_grad_(), X)
+
+
+class Holder:
+    tensor: Tensor
+
+
+class Slots:
+    __slots__ = ("tensor",)
+
+
+@dataclasses.dataclass(slots=True)
+class Data:
+    tensor: Tensor
+
+
+module = types.ModuleType("module")
+
+
+def by_class(t: Tensor) -> Callable[[], Tensor]:
+    Holder.tensor = t
+    return lambda: Holder.tensor
+
+
+def by_slot(t: Tensor) -> Callable[[], Tensor]:
+    slots = Slots()
+    slots.tensor = t
+    return lambda: slots.tensor
+
+
+def by_dataclass(t: Tensor) -> Callable[[], Tensor]:
+    data = Data(t)
+    return lambda: data.tensor
+
+
+def by_deque(t: Tensor) -> Callable[[], Tensor]:
+    items = deque([t])
+    return lambda: items[0]
+
+
+def by_module(t: Tensor) -> Callable[[], Tensor]:
+    module.tensor = t  # type: ignore[attr-defined]
+    return lambda: module.tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def by_proxy(t: Tensor) -> Callable[[], Tensor]:
+    items = types.MappingProxyType({"t": t})
+    return lambda: items["t"]
+
+
+def by_default(t: Tensor) -> Callable[[], Tensor]:
+    def get(*, own: Tensor = t) -> Tensor:
+        return own
+
+    return get
+
+
+def by_closure(t: Tensor) -> Callable[[], Tensor]:
+    return lambda: t
+
+
+def below_a_transform(get: Callable[[], Tensor]) -> Any:
+    return lambda w, x: (grad(lambda q: (q * w * get()).sum().sin())(x) ** 2).sum()
+
+
+WAYS = [by_class, by_slot, by_dataclass, by_deque, by_module, by_proxy, by_default, by_closure]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_tensor_of_a_transform_around_is_known_below_one_inside(way: Any) -> None:
+    w, t = real(3), real(3) + 1
+
+    def expected(t: Tensor) -> Tensor:
+        return by_loop(below_a_transform(way(t)), w, X, create_graph=True)
+
+    def found(t: Tensor) -> Tensor:
+        return per_sample_grad(below_a_transform(way(t)))(w, X)
+
+    torch.testing.assert_close(grad(lambda t: found(t).sum())(t), derivative(lambda t: expected(t).sum(), t))
+    torch.testing.assert_close(vmap(found)(torch.stack([t, 2 * t])), torch.stack([expected(t), expected(2 * t)]).detach())
+
+
+def test_a_tensor_that_may_be_of_either_transform_is_refused() -> None:
+    def by_generator(t: Tensor) -> Iterator[Tensor]:
+        while True:
+            yield t
+
+    def found(t: Tensor) -> Tensor:
+        tensors = by_generator(t)
+        return per_sample_grad(below_a_transform(lambda: next(tensors)))(V, X).sum()
+
+    with pytest.raises(UnsupportedError, match="nobody can tell"):
+        grad(found)(real(3))
+
+
+@pytest.mark.parametrize("around", [lambda of, t: grad(of)(t), lambda of, t: vmap(of)(torch.stack([t, t]))], ids=["grad", "vmap"])
+def test_a_transform_of_a_tensor_closed_over_from_a_transform_around_is_refused(around: Any) -> None:
+    def found(t: Tensor) -> Tensor:
+        return per_sample_grad(lambda w, x: (grad(lambda q: (q * w * x).sum().sin())(t) ** 2).sum())(V, X).sum()
+
+    with pytest.raises(UnsupportedError, match="argument"):
+        around(found, real(3))
