@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from per_sample._batched import Batched, Context, storage_of, wrap_shared
-from per_sample._caller import Restart, refuse_custom_nodes
+from per_sample._caller import Restart, custom_functions, refuse_custom_nodes
 from per_sample._errors import UnsupportedError, UnusedArgumentWarning
 from per_sample._factors import Dense, Factor
 from per_sample._interpreter import Interpreter
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # Takes the number of a differentiated leaf, every sample's gradient of it (of a jacobian a list of these, one for each output), and whether
 # only differentiable ops will do.
 Reduce = Callable[[int, Any, bool], Any]
+
+# Custom functions that call no module in the backward pass; checkpoints see to it themselves, on whatever thread they run again.
+_HARMLESS = ("per_sample.", "torch.utils.checkpoint")
 
 # Below so many numbers the factors of all leaves wait until the backward pass is over: hooks would take more time than the memory is worth.
 LARGE = 2**18
@@ -63,7 +66,12 @@ def differentiate(
         return [_factor(None, target, ctx) for target in targets]
     ctx.backward = True
     reduced: dict[int, Reduced] = {}
-    with nullcontext() if ctx.caller is None else ctx.caller.backward_pass():
+    with ExitStack() as context:
+        if ctx.caller is not None:
+            context.enter_context(ctx.caller.backward_pass())
+        if ctx.again and (ctx.hooked or any(not f.__module__.startswith(_HARMLESS) for f in custom_functions(loss))):
+            for again in ctx.again:
+                context.enter_context(again())
         if ctx.accumulates:
             grads: Sequence[Tensor | None] = _accumulated(loss, targets, retain_graph)
         else:

@@ -18,6 +18,7 @@ from per_sample._keys import see_conjugates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from per_sample._caller import Caller, Restart
     from per_sample._record import Recorder
@@ -76,6 +77,12 @@ class Context:
     reduced: list[StorageWeakRef] = field(default_factory=list)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
+    # What holds once more while the backward pass runs code of the program's: modules have the tensors of this call.
+    again: list[Callable[[], AbstractContextManager[Any]]] = field(default_factory=list)
+    # The tensors of modules that have others for this call, by id.
+    replaced: dict[int, str] = field(default_factory=dict)
+    # The program has set hooks on tensors.
+    hooked: bool = False
     # Factored values not yet materialised, by id: an in-place op must not change their operands. Nobody asks for those that have died.
     pending: dict[int, TensorWeakRef] = field(default_factory=dict)
 
@@ -225,7 +232,8 @@ def wrap(ctx: Context, value: Tensor) -> Batched:
     if value.dtype.is_complex:
         value = _resolved(ctx, value)
     shape = value.shape
-    if value.is_contiguous():
+    # A slice of a batch of one is contiguous, too; below a transform of the program's own, a write into it is found by its offset.
+    if value.is_contiguous() and not value.storage_offset():
         out = _make_wrapper(Batched, shape[1:], dtype=value.dtype, device=value.device)
     else:
         out = _make_wrapper(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from contextlib import ExitStack, contextmanager
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,7 +21,7 @@ from torch._functorch.pyfunctorch import (
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from per_sample._batched import Batched, is_recorded, storage_of, wrap_shared
-from per_sample._errors import UnsupportedError
+from per_sample._errors import UnsupportedError, UnusedArgumentWarning
 from per_sample._keys import all_keys
 
 if TYPE_CHECKING:
@@ -147,8 +148,25 @@ def _refuse_saved_tensor_hooks() -> None:
         )
 
 
+def warn_of_replaced(ctx: Context, x: Any) -> None:
+    """A module's own tensor, used although the module has another one for this call."""
+    if id(x) in ctx.replaced:
+        warnings.warn(
+            f"The module uses its parameter {ctx.replaced[id(x)]!r} by another way than its attribute (a list, a closure), where nobody "
+            "can exchange it: the gradients lack that use of it.",
+            UnusedArgumentWarning,
+            stacklevel=2,
+        )
+
+
 def refuse_custom_nodes(loss: Tensor) -> None:
     """The same for a custom function that runs no op of its own in ``forward``, which later versions show in the graph alone."""
+    for function in custom_functions(loss):
+        _refuse(function.__name__)
+
+
+def custom_functions(loss: Tensor) -> Iterator[Any]:
+    """The custom functions in a graph."""
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
@@ -156,7 +174,7 @@ def refuse_custom_nodes(loss: Tensor) -> None:
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            _refuse(type(node).__name__.removesuffix("Backward"))
+            yield type(node)._forward_cls
         waiting += [following for following, _ in node.next_functions]
 
 
@@ -203,9 +221,13 @@ class CallerMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        given = torch.utils._pytree.arg_tree_leaves(*args, **kwargs) if self.ctx.replaced else []
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._lift, (args, kwargs))
         if func not in _DETACH:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            for x in given if isinstance(out, (Tensor, tuple, list)) else ():
+                warn_of_replaced(self.ctx, x)
+            return out
         caller = self.ctx.caller
         assert caller is not None
         caller.detaches += 1

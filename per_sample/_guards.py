@@ -11,7 +11,7 @@ from torch import Tensor
 
 from per_sample import _fallback, _registry
 from per_sample._batched import Batched, Context, storage_of
-from per_sample._caller import Restart
+from per_sample._caller import Restart, warn_of_replaced
 from per_sample._errors import EscapedError, RandomnessError, RuleError, SharedWriteError, UnsupportedError
 from per_sample._generators import remember
 
@@ -30,6 +30,7 @@ def check_closure(ctx: Context, x: Tensor) -> None:
         )
     if ctx.grad_mode and ctx.caller is None and _comes_from_outside(ctx, x):
         raise Restart(ctx)
+    warn_of_replaced(ctx, x)
 
 
 def _comes_from_outside(ctx: Context, x: Tensor) -> bool:
@@ -150,9 +151,12 @@ def _check_write(ctx: Context, func: Any, arg: Tensor, target: Tensor, values: l
         )
 
 
-def check_shared_draw(func: Any, writes: tuple[int, ...]) -> None:
-    """A shared tensor cannot be filled with different numbers for each sample."""
+def check_shared_draw(ctx: Context, func: Any, writes: tuple[int, ...], values: list[Any]) -> None:
+    """A shared tensor cannot be filled with different numbers for each sample: each gets its own of one that the program has made."""
     if writes:
+        made_inside = all(isinstance(values[i], Tensor) and storage_of(values[i]) in ctx.born for i in writes)
+        if made_inside and ctx.expands < 2:
+            raise Restart(ctx, expands=ctx.expands + 1)
         raise RandomnessError(
             f"`{func}` fills a tensor that all samples share, so every sample would get the same numbers. Make the tensor from a "
             "per-sample one (`torch.empty_like(x)`, `x.new_empty(...)`), or pass randomness='same'."

@@ -243,7 +243,7 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
         _guards.unshare_targets(ctx, args, values, entry.writes)
         if any(type(v) is Batched and v.ctx is ctx for v in values):
             return _run(ctx, entry, func, args, values, kwargs)
-        _guards.check_shared_draw(func, entry.writes)
+        _guards.check_shared_draw(ctx, func, entry.writes, values)
         with all_keys(), torch.no_grad():
             like = torch.empty(ctx.n)
             return wrap(ctx, _fallback.shared_draw(func, tuple(values), kwargs, like, ctx.randomness))

@@ -58,8 +58,18 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         others = {id(own[name]): x for name, x in tensors.items()}
         tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers) if table]
         places = [Place(table, name, others[id(x)]) for table in tables for name, x in table.items() if id(x) in others]
-        with _watched(module, places) as assigned:
-            yield
+        # Hooks and custom functions may call the module in the backward pass.
+        contexts = {id(x.ctx): x.ctx for x in others.values() if type(x) is Batched}.values()
+        before = [ctx.replaced for ctx in contexts]
+        for ctx in contexts:
+            ctx.again.append(functools.partial(_held, module, places))
+            ctx.replaced = {**ctx.replaced, **{id(own[name]): name for name in tensors}}
+        try:
+            with _watched(module, places) as assigned:
+                yield
+        finally:
+            for ctx, replaced in zip(contexts, before, strict=True):
+                ctx.replaced = replaced
         for name, new in assigned.items():
             if type(new) is Batched and not new.shared:
                 raise SharedWriteError(
@@ -73,6 +83,20 @@ def _watched(module: nn.Module, places: list[Place]) -> Iterator[dict[str, Any]]
     """The same for what runs again, in which there may be checkpoints, too."""
     with _exchanged(module, places) as assigned, _Checkpoints(functools.partial(_watched, module, places)):
         yield assigned
+
+
+@contextmanager
+def _held(module: nn.Module, places: list[Place]) -> Iterator[None]:
+    """The same for the time of a backward pass, after all calls."""
+    with TURN:
+        now = [place.table[place.name] for place in places]
+        if any(type(x) is Batched and x is not place.new for x, place in zip(now, places, strict=True)):
+            raise UnsupportedError(
+                "A module is called with several sets of parameters, and has hooks on tensors or custom functions, which may call it in "
+                "the backward pass: nobody could tell with which. Call `functional` of a copy of the module."
+            )
+        with _exchanged(module, places):
+            yield
 
 
 @contextmanager
@@ -126,6 +150,8 @@ class _Checkpoints(TorchFunctionMode):
         self.seen: dict[int, Any] = {id(holder): holder for holder in around}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.register_hook and type(args[0]) is Batched:
+            args[0].ctx.hooked = True
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None:
             self._wrap(_frame_of(hooks[1]), "recompute_fn")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from per_sample._containers import is_packed
 from per_sample._errors import ModuleCallError
 from per_sample._surroundings import random_states
+from per_sample._swapped import swapped
 from per_sample.transforms import per_sample_grad
 
 if TYPE_CHECKING:
@@ -143,13 +143,8 @@ class _Call:
 
     def _run(self, leaves: list[Any], params: dict[str, Tensor]) -> tuple[list[Any], Any]:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        own = [(m, dict(m._parameters)) for m in self.module.modules()]
-        try:
-            return pytree.tree_flatten(functional_call(self.module, params, args, kwargs), is_leaf=is_packed)
-        finally:
-            # `functional_call` leaves what it put in where a submodule stands at two places.
-            for m, parameters in own:
-                m._parameters.update(parameters)
+        with swapped(self.module, params) if params else nullcontext():
+            return pytree.tree_flatten(self.module(*args, **kwargs), is_leaf=is_packed)
 
     def results(self) -> tuple[list[Any], Any]:
         """The module's results for the whole batch, flattened."""

@@ -71,6 +71,23 @@ AROUND: dict[str, Callable[[Any, Transform], Any]] = {
 }
 
 
+def into_a_slice(w: Tensor, x: Tensor) -> Tensor:
+    def inner(q: Tensor) -> Tensor:
+        z = q * w
+        z[1:3] = w[:2]
+        return (z**3).sum()
+
+    return (grad(inner)(x) ** 2).sum()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_write_into_a_slice_below_a_grad(n: int) -> None:
+    """Of one sample, whose slices are contiguous, too."""
+    torch.testing.assert_close(per_sample_grad(into_a_slice)(W, X[:n]), reference.per_sample_grad(into_a_slice)(W, X[:n]))
+    chunked = per_sample_grad(into_a_slice, chunk_size=3)(W, X)
+    torch.testing.assert_close(chunked, reference.per_sample_grad(into_a_slice)(W, X))
+
+
 def norms(fn: Any) -> Any:
     return lambda w, x: reference.per_sample_grad(fn)(w, x).norm(dim=1)
 

@@ -79,3 +79,41 @@ def test_no_random_number_is_drawn_twice_when_the_run_begins_again():
 def test_dropout_on_a_parameter_that_the_samples_share(randomness):
     torch.manual_seed(0)
     assert_matches_reference(lambda w, x: (F.dropout(w, 0.5) @ x).square().sum(), W, X, randomness=randomness)
+
+
+DISTRIBUTIONS = {
+    "normal": lambda x: torch.distributions.Normal(x, x.exp()).rsample(),
+    "laplace": lambda x: torch.distributions.Laplace(x, torch.ones(3)).rsample(),
+    "student": lambda x: torch.distributions.StudentT(torch.tensor(4.0), x).rsample(),
+    "multivariate normal": lambda x: torch.distributions.MultivariateNormal(x, torch.eye(3)).rsample(),
+    "init": lambda x: x * torch.nn.init.normal_(torch.empty(3)),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_tensor_that_is_filled_inside_is_each_samples_own(name):
+    """As in the distributions of torch, which make theirs from nothing; `torch.vmap` refuses that."""
+    x = X[:1].expand(4, 3)
+    loss = lambda w, x: (DISTRIBUTIONS[name](x * w)).square().sum()  # noqa: E731
+    transformed = per_sample_grad(loss, randomness="different")
+    torch.manual_seed(0)
+    first = transformed(W[0], x)
+    torch.manual_seed(0)
+    assert torch.equal(transformed(W[0], x), first)
+    assert len({tuple(row.tolist()) for row in first}) == 4
+    same = per_sample_grad(loss, randomness="same")(W[0], x)
+    torch.testing.assert_close(same, same[:1].expand(4, 3))
+
+
+def test_noise_that_is_filled_inside_enters_the_gradient():
+    """The gradient of ``(x w + e exp(x w))^2`` in terms of the ``e`` that was drawn."""
+    x = X[:, 0]
+
+    def loss(w, x):
+        e = torch.empty(()).normal_()
+        return (x * w + e * (x * w).exp()) ** 2, e
+
+    w = torch.tensor(0.7)
+    grads, e = per_sample_grad(loss, has_aux=True, randomness="different")(w, x)
+    assert len(set(e.tolist())) == 4
+    torch.testing.assert_close(grads, 2 * (x * w + e * (x * w).exp()) * (x + e * x * (x * w).exp()))

@@ -23,8 +23,8 @@ _PYTHON, _PYTHON_SECONDS = 0.5, 5e-4
 
 _RESTARTS = {
     "copies": "it writes in place into its arguments, of which it then got copies: use the forms that return a new tensor",
-    "expands": "it writes per-sample values into a tensor that it made itself: make that from a per-sample one (`x.new_zeros`, "
-    "`torch.zeros_like(x)`), or use `torch.stack`",
+    "expands": "it writes per-sample values, or draws random numbers, into a tensor that it made itself: make that from a per-sample one "
+    "(`x.new_zeros`, `torch.randn_like(x)`), or use `torch.stack`",
     "accumulates": "it holds a reentrant checkpoint: pass `use_reentrant=False` to `torch.utils.checkpoint`",
     "": "it uses a tensor from outside that requires grad: pass that as an argument, or detach it",
 }

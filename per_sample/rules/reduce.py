@@ -74,6 +74,8 @@ for _op, _over in (
     (aten.min.default, torch.amin),
     (aten.any.default, torch.any),
     (aten.all.default, torch.all),
+    (aten._is_any_true.default, torch.any),
+    (aten._is_all_true.default, torch.all),
     (aten.median.default, _median),
     (aten.nanmedian.default, _nanmedian),
     (aten.norm.Scalar, torch.linalg.vector_norm),

@@ -1,0 +1,188 @@
+"""A module that is called in the backward pass, too, has the same tensors there; a weight that it reaches past its attributes is told."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from per_sample import (
+    UnsupportedError,
+    UnusedArgumentWarning,
+    call_for_per_sample_grads,
+    clipped_grad,
+    functional,
+    load_back,
+    per_sample_grad,
+    per_sample_grad_norm,
+)
+
+N, D = 4, torch.float64
+
+
+class Recomputed(torch.autograd.Function):
+    """A checkpoint of one's own, which is given the parameters, as in diffusion models."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.run, ctx.x, ctx.params = run, x, params
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        return (None, *torch.autograd.grad(out, [x, *ctx.params], grad))
+
+
+class Own(torch.autograd.Function):
+    """One that asks the module for its parameters when it runs again."""
+
+    @staticmethod
+    def forward(ctx: Any, module: Any, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.module, ctx.x = module, x
+        with torch.no_grad():
+            return module.plain(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.module.plain(x)
+        return (None, *torch.autograd.grad(out, [x, *ctx.module.parameters()], grad))
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(5, 6), nn.Linear(6, 5)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.tanh(self.a(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "given":
+            return Recomputed.apply(self.plain, x, *self.parameters())
+        if self.kind == "asked":
+            return Own.apply(self, x, *self.parameters())
+        out = self.plain(x)
+        if self.kind == "hook" and out.requires_grad:
+
+            def again(grad: Tensor) -> Tensor:
+                with torch.enable_grad():
+                    z = x.detach().requires_grad_()
+                    return grad + torch.autograd.grad(self.plain(z), z, grad)[0]
+
+            out.register_hook(again)
+        return out
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), Block(kind), Block(kind), nn.Linear(5, 2)).double()
+
+
+X, Y = torch.randn(N, 3, dtype=D), torch.tensor([0, 1, 1, 0])
+
+
+def by_loop(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for x, y in zip(X, Y, strict=True):
+        grads = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), list(model.parameters()))
+        for name, grad in zip(found, grads, strict=True):
+            found[name].append(grad)
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["", "no_grad"])
+@pytest.mark.parametrize("moved", [0.0, 0.5], ids=["own parameters", "other parameters"])
+@pytest.mark.parametrize("kind", ["given", "asked", "hook"])
+def test_what_runs_again_has_the_parameters_of_the_call(kind: str, moved: float, grad_mode: bool) -> None:
+    model = network(kind)
+    loss = functional(model, F.cross_entropy)
+    params = {name: p + moved for name, p in loss.params.items()}
+    truth = copy.deepcopy(model)
+    load_back(truth, params)
+    expected = by_loop(truth)
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected.values()]).norm(dim=0)
+    bound = float(norms.median())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.set_grad_enabled(grad_mode):
+        torch.testing.assert_close(per_sample_grad(loss)(params, X, Y), expected)
+        torch.testing.assert_close(per_sample_grad_norm(loss)(params, X, Y), norms)
+        clipped = clipped_grad(loss, bound, memory="low", chunk_size=3)(params, X, Y)
+    torch.testing.assert_close(clipped, {k: torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g) for k, g in expected.items()})
+    assert all(type(p) is nn.Parameter and torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["given", "asked", "hook"])
+def test_grad_sample_of_what_runs_again(kind: str) -> None:
+    model = network(kind)
+    expected = by_loop(model)
+    F.cross_entropy(call_for_per_sample_grads(model, loss_reduction="sum")(X), Y, reduction="sum").backward()
+    torch.testing.assert_close({name: p.grad_sample for name, p in model.named_parameters()}, expected)
+
+
+def test_two_sets_of_parameters_are_refused_where_either_may_run_again() -> None:
+    for kind, refused in (("given", True), ("plain", False)):
+        loss = functional(network(kind), F.cross_entropy)
+        both = lambda p, x, y, loss=loss: loss(p, x, y) + loss({k: 2 * v for k, v in p.items()}, x, y)  # noqa: E731
+        if refused:
+            with pytest.raises(UnsupportedError, match="several sets of parameters"):
+                per_sample_grad(both)(loss.params, X, Y)
+        else:
+            per_sample_grad(both)(loss.params, X, Y)
+        twice = per_sample_grad(lambda p, x, y, loss=loss: loss(p, x, y) + loss(p, 2 * x, y))(loss.params, X, Y)
+        torch.testing.assert_close(twice, {k: a + b for (k, a), b in zip(*pairs(loss), strict=True)})
+
+
+def pairs(loss: Any) -> Any:
+    grads = per_sample_grad(functional(network("plain"), F.cross_entropy))
+    return grads(loss.params, X, Y).items(), grads(loss.params, 2 * X, Y).values()
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.weights = [self.b.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x)) @ self.weights[0].T + self.b.bias
+
+
+class Closed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        weight = self.a.weight
+        self.run = lambda x: F.linear(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.run(x)) + self.a.bias
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["", "no_grad"])
+@pytest.mark.parametrize(("make", "name"), [(Listed, "b.weight"), (Closed, "a.weight")])
+def test_a_weight_past_its_attribute_is_told(make: Any, name: str, grad_mode: bool) -> None:
+    model = make().double()
+    loss = functional(model, F.cross_entropy)
+    with torch.set_grad_enabled(grad_mode), pytest.warns(UnusedArgumentWarning, match=f"parameter '{name}' by another way"):
+        per_sample_grad_norm(loss)(loss.params, X, Y)
+
+
+def test_a_weight_that_is_only_looked_at_is_not() -> None:
+    class Looks(Listed):
+        def forward(self, x: Tensor) -> Tensor:
+            anchor = self.weights[0].detach() if self.weights[0].requires_grad else None
+            out: Tensor = self.b(torch.tanh(self.a(x)))
+            return out + 0.01 * (self.b.weight - anchor).square().sum()
+
+    loss = functional(Looks().double(), F.cross_entropy)
+    assert per_sample_grad_norm(loss)(loss.params, X, Y).isfinite().all()
