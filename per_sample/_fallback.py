@@ -15,6 +15,7 @@ from torch._functorch import vmap as functorch_vmap
 from torch._ops import OpOverload
 
 from per_sample._batched import context_of, is_batched, wrap
+from per_sample._errors import RandomnessError
 from per_sample._values import agreed
 
 if TYPE_CHECKING:
@@ -91,7 +92,12 @@ def run(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, r
         return tuple(x for x in out if isinstance(x, Tensor))
 
     if has_vmap_rule(op):
-        columns = torch.vmap(one, randomness=randomness)(*tensors)
+        try:
+            columns = torch.vmap(one, randomness=randomness)(*tensors)
+        except RuntimeError as err:
+            if "same randomness" not in str(err):
+                raise
+            raise RandomnessError(f"`{op}` cannot draw the same numbers for samples that differ: pass randomness='different'.") from err
     else:
         columns = _stacked(op, context_of(*args, *kwargs.values()), [one(*(t[i] for t in tensors)) for i in range(n)], found)
     rest = iter(columns)

@@ -483,6 +483,18 @@ def test_a_frozen_encoder_with_padding_is_refused_while_torch_would_fuse_it(grad
         check(per_sample_grad(loss)(loss.params, x, mask), looped(model, lambda i: forward(model, one(x, i), one(mask, i))))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_module_of_torchscript_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="TorchScript"):
+        functional(torch.jit.script(nn.Linear(3, 2)), F.cross_entropy)
+
+
+def test_classes_that_are_no_integers_are_told() -> None:
+    loss = functional(nn.Linear(3, 2), F.cross_entropy)
+    with pytest.raises(RuntimeError, match=r"must be an integer; got torch.float32"):
+        per_sample_grad(loss)(loss.params, torch.randn(4, 3), torch.zeros(4))
+
+
 def test_a_module_with_the_hooks_of_another_library_is_refused() -> None:
     model = network()
     model.autograd_grad_sample_hooks = []  # as Opacus leaves it

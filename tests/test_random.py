@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from per_sample import per_sample_grad, reference
+from per_sample import RandomnessError, per_sample_grad, reference
 from per_sample.testing import assert_matches_reference
 
 W = torch.randn(2, 3)
@@ -103,6 +103,12 @@ def test_a_tensor_that_is_filled_inside_is_each_samples_own(name):
     assert len({tuple(row.tolist()) for row in first}) == 4
     same = per_sample_grad(loss, randomness="same")(W[0], x)
     torch.testing.assert_close(same, same[:1].expand(4, 3))
+
+
+@pytest.mark.parametrize("draw", [lambda x: torch.distributions.Gamma(x.exp(), 1.0).rsample(), lambda x: torch.multinomial(x.exp(), 1)])
+def test_draws_that_cannot_be_the_same_for_all_samples_are_refused(draw):
+    with pytest.raises(RandomnessError, match="pass randomness='different'"):
+        per_sample_grad(lambda w, x: (w * draw(x * w)).sum(), randomness="same")(W[0], X)
 
 
 def test_noise_that_is_filled_inside_enters_the_gradient():

@@ -26,7 +26,7 @@ _RESTARTS = {
     "expands": "it writes per-sample values, or draws random numbers, into a tensor that it made itself: make that from a per-sample one "
     "(`x.new_zeros`, `torch.randn_like(x)`), or use `torch.stack`",
     "accumulates": "it holds a reentrant checkpoint: pass `use_reentrant=False` to `torch.utils.checkpoint`",
-    "": "it uses a tensor from outside that requires grad: pass that as an argument, or detach it",
+    "": "it uses a tensor from outside that requires grad: pass that as an argument, or detach it (a module: `requires_grad_(False)`)",
 }
 
 

@@ -107,6 +107,8 @@ def nll_loss_forward(self: Any, target: Any, weight: Any, reduction: int, ignore
     """Results are the loss and the sum of the targets' weights that a mean divides by."""
     n = samples(self, target, weight)
     log_p, index = physical(self, n), physical(target, n)
+    if index.is_floating_point():
+        raise RuntimeError(f"A class, the target of nll_loss or cross_entropy, must be an integer; got {index.dtype}.")
     classes = 1 if self.dim() == 1 else 2
     kept, safe, scale = _class_weights(index, weight, ignore_index, log_p)
     picked = log_p.gather(classes, safe.unsqueeze(classes)).squeeze(classes)

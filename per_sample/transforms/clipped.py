@@ -133,7 +133,10 @@ def _check_bound(bound: Any, automatic: bool) -> None:
 
 
 class ClippedGrad(Generic[P]):
-    """What ``clipped_grad`` returns: a function, and how far one sample can move its result."""
+    """What ``clipped_grad`` returns: a function, and how far one sample can move its result.
+
+    As an annotation it names the function's arguments: ``ClippedGrad[[dict[str, Tensor], Tensor, Tensor]]``, or ``ClippedGrad[...]``.
+    """
 
     def __init__(
         self,
