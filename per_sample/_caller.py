@@ -208,6 +208,15 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.detach_, torch.detach_, _DATA}
 
 
+# Functions whose backward torch takes apart for forward derivatives, with a detach of which no function mode hears.
+_DECOMPOSED = {getattr(place, name) for place in (torch, torch.nn.functional) for name in ("layer_norm", "instance_norm")}
+
+
+def _is_forward_over_reverse() -> bool:
+    keys = {level.key() for level in retrieve_all_functorch_interpreters()}
+    return {_functorch.TransformType.Grad, _functorch.TransformType.Jvp} <= keys
+
+
 class CallerMode(TorchFunctionMode):
     """Sees what the dispatcher cannot tell: detaches written by the user, and closed-over functorch tensors."""
 
@@ -223,13 +232,18 @@ class CallerMode(TorchFunctionMode):
         kwargs = kwargs or {}
         given = torch.utils._pytree.arg_tree_leaves(*args, **kwargs) if self.ctx.replaced else []
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._lift, (args, kwargs))
+        caller = self.ctx.caller
+        assert caller is not None
         if func not in _DETACH:
+            if func in _DECOMPOSED and caller.differentiates and _is_forward_over_reverse():
+                raise UnsupportedError(
+                    f"`{func.__name__}` below a forward derivative of a gradient (`jvp(grad)`, `hessian`), and the per-sample gradients "
+                    "are being differentiated once more: torch detaches parts of it there. Use `grad(grad(...))`, `jacrev(jacrev(...))`."
+                )
             out = func(*args, **kwargs)
             for x in given if isinstance(out, (Tensor, tuple, list)) else ():
                 warn_of_replaced(self.ctx, x)
             return out
-        caller = self.ctx.caller
-        assert caller is not None
         caller.detaches += 1
         try:
             out = func(*args, **kwargs)

@@ -95,6 +95,8 @@ def run(
     return Outcome(ctx, results, read_out(loss, ctx), trees.map(lambda x: read_out(x, ctx), aux), samples)
 
 
+# What torch says when a tensor of a `vmap` is written into one that has no such axis.
+_NOT_WRITABLE = ("vmap: inplace arithmetic", "doesn't match the broadcast shape")
 # What torch says when its C++ code reads a tensor without memory.
 _NO_MEMORY = ("data is not allocated yet", "Cannot access data pointer", "invalid python storage")
 
@@ -109,7 +111,7 @@ def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any
         if ctx.empty and isinstance(err, (IndexError, torch.linalg.LinAlgError)):  # type: ignore[attr-defined]
             # An index or a matrix of zeros that no sample has.
             raise Restart(ctx, groups=[]) from err
-        _raise_typed(err)
+        _raise_typed(err, below=ctx.caller is not None and bool(ctx.caller.stack))
         add_notes(err, fn, args, ctx.n)
         raise
 
@@ -120,14 +122,14 @@ def _came_from_control_flow(err: Exception) -> bool:
     return any("_higher_order_ops" in frame.f_code.co_filename for frame, _ in frames)
 
 
-def _raise_typed(err: Exception) -> None:
-    """Raise an error of the library's where torch's own means something else here."""
+def _raise_typed(err: Exception, *, below: bool) -> None:
+    """Raise an error of the library's where torch's own means something else here; ``below``: there is a transform of torch.func around."""
     if isinstance(err, RuntimeError) and any(text in str(err) for text in _NO_MEMORY):
         raise DataDependentError(
             "Something inside the function reads the numbers of a per-sample tensor directly: `torch.tensor([...])` of such tensors "
             f"(use `torch.stack`), `tensor_split` at per-sample places, or C++ code of its own. {err}"
         ) from err
-    if isinstance(err, RuntimeError) and "vmap: inplace arithmetic" in str(err):
+    if isinstance(err, RuntimeError) and below and any(text in str(err) for text in _NOT_WRITABLE):
         raise UnsupportedError(
             "A value that differs under the `vmap` around this transform is written into a tensor that does not; build it out of place. "
             f"{err}"

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.func import grad, hessian, jvp, vjp, vmap
 
-from per_sample import UnsupportedError, per_sample_grad
+from per_sample import UnsupportedError, per_sample_grad, reference
 
 N, D = 5, torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -138,6 +139,32 @@ def test_second_derivatives(fn: Any) -> None:
         torch.testing.assert_close(grad(of)(at), expected)
         nested = per_sample_grad(lambda a, s, of=of: of(a * s))(at, torch.ones(2, dtype=D))
         torch.testing.assert_close(nested, expected.expand(2, *expected.shape))
+
+
+@pytest.mark.parametrize("norm", [lambda h: F.layer_norm(h, (4,)), lambda h: F.instance_norm(h.view(1, 2, 2))])
+def test_norms_below_a_forward_derivative_of_a_gradient_are_refused_where_a_derivative_would_be_wrong(norm: Any) -> None:
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        return jvp(grad(lambda q: norm(q @ w).sin().sum()), (x,), (x.cos(),))[1].sum()
+
+    torch.testing.assert_close(per_sample_grad(fn)(W, X), reference.per_sample_grad(fn)(W, X))
+    for around in (grad, lambda of: lambda w: of(w.clone().requires_grad_())):
+        with pytest.raises(UnsupportedError, match="forward derivative of a gradient"):
+            around(lambda w: per_sample_grad(fn)(w, X).sin().sum())(W)
+
+
+def test_a_recurrent_layer_below_a_vmap_over_parameters_or_data() -> None:
+    gru = torch.nn.GRU(3, 4, batch_first=True).double()
+    state = {name: p.detach() for name, p in gru.named_parameters()}
+
+    def fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(gru, p, (x[None],))[0].square().sum()
+
+    sequences, twice = real(N, 6, 3), {name: 2 * p for name, p in state.items()}
+    found = vmap(per_sample_grad(fn), (0, None))({name: torch.stack([p, twice[name]]) for name, p in state.items()}, sequences)
+    torch.testing.assert_close({name: g[1] for name, g in found.items()}, per_sample_grad(fn)(twice, sequences))
+    # As in torch: it writes into states that it makes from nothing.
+    with pytest.raises(UnsupportedError, match="written into a tensor"):
+        vmap(per_sample_grad(fn), (None, 0))(state, torch.stack([sequences, sequences]))
 
 
 @pytest.mark.parametrize("hook", [lambda t: t * 1, lambda t: t.clone()])
