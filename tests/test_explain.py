@@ -281,6 +281,12 @@ def test_tensors_that_require_grad():
     assert "pass that as an argument, or detach it" in advice(closed_over)
 
 
+def test_a_function_that_calls_a_transform_is_told_from_a_loss():
+    step = lambda w, x, y: per_sample_grad_norm(lambda w, x, y: ((x @ w).sum() - y) ** 2)(w, x, y)  # noqa: E731
+    with pytest.raises(ArgumentError, match=r"one sample's already: a transform \(or `explain`\) runs around"):
+        explain(step)(torch.randn(3, 2), torch.randn(5, 3), torch.randn(5))
+
+
 @pytest.mark.parametrize(("size", "seconds", "told"), [(10**5, 0.3, True), (10**5, 0.1, False), (10**8, 0.1, True)])
 def test_gradients_formed_count_by_time_or_by_size(size, seconds, told):
     found = advice_on([], [], Run(1, 2.0, 0.0, 1.9, (), (), False), [Formed("Outer", "aten.mul.Tensor", size, seconds)])
