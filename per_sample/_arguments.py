@@ -15,7 +15,6 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
 from per_sample import _trees as trees
-from per_sample._batched import Batched
 from per_sample._errors import ArgumentError, BatchSizeError, UnsupportedError
 
 Argnums = int | tuple[int, ...]
@@ -140,7 +139,7 @@ def _check_dim(leaf: Any, dim: int | None, i: int, args: tuple[Any, ...]) -> int
     if not isinstance(leaf, Tensor):
         raise ArgumentError(f"`in_dims` batches a leaf of argument {i} that is not a tensor but {type(leaf).__name__}; use None for it.")
     if not -leaf.dim() <= dim < leaf.dim():
-        inside = " It is one sample's already: a transform (or `explain`) runs around this one." if type(leaf) is Batched else ""
+        inside = " It is one sample's already: a transform (or `explain`) runs around this one." if type(leaf).__name__ == "Batched" else ""
         raise ArgumentError(
             f"Argument {i} has a tensor of shape {list(leaf.shape)}, which has no axis {dim} to batch over. Give it a sample axis, or "
             f"share it between samples with None in `in_dims`.{inside}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,23 @@ _HARMLESS = ("per_sample.", "torch.utils.checkpoint")
 
 # Below so many numbers the factors of all leaves wait until the backward pass is over: hooks would take more time than the memory is worth.
 LARGE = 2**18
+
+
+@contextmanager
+def exchanged(ctx: Context, loss: Tensor) -> Iterator[None]:
+    """Modules have the tensors of the call for its backward pass, too: hooks and custom functions may call them or look at them."""
+    if any(one.differs(other) for one, other in itertools.combinations(ctx.again, 2)):
+        if ctx.hooked or any(not f.__module__.startswith(_HARMLESS) for f in custom_functions(loss)):
+            raise UnsupportedError(
+                "A module is called with several sets of parameters, and has hooks on tensors or custom functions, which may call it in "
+                "the backward pass: nobody could tell with which. Call `functional` of a copy of the module."
+            )
+        yield
+        return
+    with ExitStack() as context:
+        for exchange in ctx.again:
+            context.enter_context(exchange.held())
+        yield
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -66,12 +84,7 @@ def differentiate(
         return [_factor(None, target, ctx) for target in targets]
     ctx.backward = True
     reduced: dict[int, Reduced] = {}
-    with ExitStack() as context:
-        if ctx.caller is not None:
-            context.enter_context(ctx.caller.backward_pass())
-        if ctx.again and (ctx.hooked or any(not f.__module__.startswith(_HARMLESS) for f in custom_functions(loss))):
-            for again in ctx.again:
-                context.enter_context(again())
+    with nullcontext() if ctx.caller is None else ctx.caller.backward_pass():
         if ctx.accumulates:
             grads: Sequence[Tensor | None] = _accumulated(loss, targets, retain_graph)
         else:

@@ -18,7 +18,6 @@ from per_sample._keys import see_conjugates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from per_sample._caller import Caller, Restart
     from per_sample._record import Recorder
@@ -77,8 +76,8 @@ class Context:
     reduced: list[StorageWeakRef] = field(default_factory=list)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
-    # What holds once more while the backward pass runs code of the program's: modules have the tensors of this call.
-    again: list[Callable[[], AbstractContextManager[Any]]] = field(default_factory=list)
+    # What holds once more for the backward pass: modules have the tensors of this call (``Exchange``).
+    again: list[Any] = field(default_factory=list)
     # The tensors of modules that have others for this call, by id.
     replaced: dict[int, str] = field(default_factory=dict)
     # The program has set hooks on tensors.
@@ -109,6 +108,8 @@ class Context:
         self.pending.clear()
         self.viewed.clear()
         self.split.clear()
+        self.again.clear()
+        self.replaced = {}
         self.closed = True
         if self.restart is not None:
             # Its frames hold the graph, and that holds this context: a cycle through C++ that the garbage collector does not see.

@@ -148,9 +148,12 @@ def _refuse_saved_tensor_hooks() -> None:
         )
 
 
-def warn_of_replaced(ctx: Context, x: Any) -> None:
-    """A module's own tensor, used although the module has another one for this call."""
+def warn_of_replaced(ctx: Context, x: Any, out: Any = None) -> None:
+    """A module's own tensor, used although the module has another one for this call; ``out``: what came of it, if that is known."""
     if id(x) in ctx.replaced:
+        with torch._C.DisableTorchFunction():
+            if out is not None and not any(isinstance(y, Tensor) and y.requires_grad for y in torch.utils._pytree.tree_leaves(out)):
+                return
         warnings.warn(
             f"The module uses its parameter {ctx.replaced[id(x)]!r} by another way than its attribute (a list, a closure), where nobody "
             "can exchange it: the gradients lack that use of it.",
@@ -241,8 +244,8 @@ class CallerMode(TorchFunctionMode):
                     "are being differentiated once more: torch detaches parts of it there. Use `grad(grad(...))`, `jacrev(jacrev(...))`."
                 )
             out = func(*args, **kwargs)
-            for x in given if isinstance(out, (Tensor, tuple, list)) else ():
-                warn_of_replaced(self.ctx, x)
+            for x in given:
+                warn_of_replaced(self.ctx, x, out)
             return out
         caller.detaches += 1
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
@@ -18,7 +19,11 @@ from per_sample._generators import remember
 aten = torch.ops.aten
 
 
-def check_closure(ctx: Context, x: Tensor) -> None:
+# Ops whose result has no derivative.
+_WITHOUT = re.compile(r"aten::(new_\w+|\w+_like|gt|ge|lt|le|eq|ne|is\w+|sign|arg\w+|bernoulli)$")
+
+
+def check_closure(ctx: Context, x: Tensor, func: Any) -> None:
     """Begin again with the caller's context if a tensor that requires grad comes from outside the function.
 
     Inside functorch transforms of the program's own, tensors born in the function require grad too; those are no concern.
@@ -30,7 +35,8 @@ def check_closure(ctx: Context, x: Tensor) -> None:
         )
     if ctx.grad_mode and ctx.caller is None and _comes_from_outside(ctx, x):
         raise Restart(ctx)
-    warn_of_replaced(ctx, x)
+    if ctx.replaced and torch.is_grad_enabled() and not _WITHOUT.match(func._schema.name):
+        warn_of_replaced(ctx, x)
 
 
 def _comes_from_outside(ctx: Context, x: Tensor) -> bool:

@@ -85,14 +85,14 @@ def dispatch(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
             pass
         elif isinstance(a, Tensor):
             if a.requires_grad:
-                _guards.check_closure(ctx, a)
+                _guards.check_closure(ctx, a, func)
         elif isinstance(a, (list, tuple)):
-            values[i], inner_batched, inner_lifted = _unwrap_list(ctx, a)
+            values[i], inner_batched, inner_lifted = _unwrap_list(ctx, func, a)
             batched |= inner_batched
             lifted |= inner_lifted
     if kwargs:
         # Keyword arguments that are tensors are rare, so they take the general way.
-        items, kw_batched, kw_lifted = _unwrap_list(ctx, kwargs.values())
+        items, kw_batched, kw_lifted = _unwrap_list(ctx, func, kwargs.values())
         kwargs = dict(zip(kwargs, items, strict=True))
         batched |= kw_batched
         lifted |= kw_lifted
@@ -168,7 +168,7 @@ def _view_in_place(ctx: Context, func: OpOverload, args: Any, kwargs: Any) -> An
     return x
 
 
-def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
+def _unwrap_list(ctx: Context, func: Any, items: Any) -> tuple[list[Any], bool, bool]:
     batched = lifted = False
     values = []
     for x in items:
@@ -181,7 +181,7 @@ def _unwrap_list(ctx: Context, items: Any) -> tuple[list[Any], bool, bool]:
         elif type(x) is Batched and (ctx.caller is None or x.ctx.closed):
             _guards.refuse_escaped("A list or keyword argument")
         elif isinstance(x, Tensor) and x.requires_grad:
-            _guards.check_closure(ctx, x)
+            _guards.check_closure(ctx, x, func)
         values.append(x)
     return values, batched, lifted
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from per_sample import _trees as trees
 from per_sample._arguments import hides_tensors
-from per_sample._backward import Reduced, by_output, differentiate, read_out
+from per_sample._backward import Reduced, by_output, differentiate, exchanged, read_out
 from per_sample._batched import Batched, Context, is_recorded, wrap, wrap_shared
 from per_sample._caller import Restart
 from per_sample._composites import composites
@@ -78,9 +78,10 @@ def run(
         loss, aux = split_aux(out, program.has_aux)
         aux = open_tree(aux) if program.has_aux else None
         check_output(loss, program.keep_batch_dim or getattr(program.fn, "keep_batch_dim", False), scalar=not program.jacobian)
-        if program.jacobian:
-            return by_output(loss, targets, ctx), loss, aux
-        return differentiate(loss, targets, ctx, reduce), loss, aux
+        with exchanged(ctx, loss):
+            if program.jacobian:
+                return by_output(loss, targets, ctx), loss, aux
+            return differentiate(loss, targets, ctx, reduce), loss, aux
 
     tensors = [x for x in trees.flatten((leaves, program.kwargs))[0] if isinstance(x, Tensor)]
     ctx, (found, loss, aux) = in_context(

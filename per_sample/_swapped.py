@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 # A module is exchanged for all threads, so that they take turns.
 TURN = threading.RLock()
+_ENGINE = threading.RLock()
 # A checkpoint may run again on another thread than the one that waits for it.
 _SECONDS = 60.0
 
@@ -42,6 +42,44 @@ def turn() -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_dynamo_compiling() else TURN
 
 
+class Exchange:
+    """One call's tensors in a module."""
+
+    def __init__(self, module: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        # By identity, since a tied tensor has one name and several places.
+        others = {id(own[name]): x for name, x in tensors.items()}
+        tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers) if table]
+        self.module = module
+        self.places = [Place(table, name, others[id(x)]) for table in tables for name, x in table.items() if id(x) in others]
+        self.tables = {id(table) for table in tables}
+        self.news = {(id(place.table), place.name): place.new for place in self.places}
+
+    def differs(self, other: Exchange) -> bool:
+        """Whether the two have different tensors at a place of both modules."""
+        common = (key for key in {*self.news, *other.news} if key[0] in self.tables and key[0] in other.tables)
+        return any(self.news.get(key) is not other.news.get(key) for key in common)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The module with these tensors, for the time of a backward pass."""
+        with TURN, _exchanged(self.module, self.places):
+            _HELD.append(self)
+            try:
+                yield
+            finally:
+                _HELD.remove(self)
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, Any]]:
+        """The same for a call, and for what runs again of it, in which there may be checkpoints, too."""
+        with _exchanged(self.module, self.places) as assigned, _Checkpoints(self):
+            yield assigned
+
+
+# Those under way in backward passes, for which the thread that waits has the turn.
+_HELD: list[Exchange] = []
+
+
 @contextmanager
 def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The module with other tensors, by name, for this thread's call.
@@ -54,18 +92,16 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         )
     with TURN:
         own = state_of(module)
-        # By identity, since a tied tensor has one name and several places.
-        others = {id(own[name]): x for name, x in tensors.items()}
-        tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers) if table]
-        places = [Place(table, name, others[id(x)]) for table in tables for name, x in table.items() if id(x) in others]
-        # Hooks and custom functions may call the module in the backward pass.
-        contexts = {id(x.ctx): x.ctx for x in others.values() if type(x) is Batched}.values()
+        exchange = Exchange(module, own, tensors)
+        contexts = {id(x.ctx): x.ctx for x in exchange.news.values() if type(x) is Batched}.values()
         before = [ctx.replaced for ctx in contexts]
         for ctx in contexts:
-            ctx.again.append(functools.partial(_held, module, places))
+            exchange = next((x for x in ctx.again if x.module is module and not x.differs(exchange)), exchange)
+            if exchange not in ctx.again:
+                ctx.again.append(exchange)
             ctx.replaced = {**ctx.replaced, **{id(own[name]): name for name in tensors}}
         try:
-            with _watched(module, places) as assigned:
+            with exchange.watched() as assigned:
                 yield
         finally:
             for ctx, replaced in zip(contexts, before, strict=True):
@@ -76,27 +112,6 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
                     f"The module assigns a value that differs between samples to its buffer {name!r}, which they share. Return the value "
                     "with `has_aux=True`, and update the buffer outside."
                 )
-
-
-@contextmanager
-def _watched(module: nn.Module, places: list[Place]) -> Iterator[dict[str, Any]]:
-    """The same for what runs again, in which there may be checkpoints, too."""
-    with _exchanged(module, places) as assigned, _Checkpoints(functools.partial(_watched, module, places)):
-        yield assigned
-
-
-@contextmanager
-def _held(module: nn.Module, places: list[Place]) -> Iterator[None]:
-    """The same for the time of a backward pass, after all calls."""
-    with TURN:
-        now = [place.table[place.name] for place in places]
-        if any(type(x) is Batched and x is not place.new for x, place in zip(now, places, strict=True)):
-            raise UnsupportedError(
-                "A module is called with several sets of parameters, and has hooks on tensors or custom functions, which may call it in "
-                "the backward pass: nobody could tell with which. Call `functional` of a copy of the module."
-            )
-        with _exchanged(module, places):
-            yield
 
 
 @contextmanager
@@ -141,9 +156,9 @@ def _forget(now: dict[str, Any], before: dict[str, Any]) -> None:
 class _Checkpoints(TorchFunctionMode):
     """Has checkpointed parts run again on the tensors of their first time, wherever and whenever that is."""
 
-    def __init__(self, again: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         super().__init__()
-        self.again = again
+        self.exchange = exchange
         # What runs parts again; kept, so that no other takes its number. A checkpoint around all of this is not the module's.
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         around = [*_reentrant(), *([] if hooks is None else [_frame_of(hooks[1])])]
@@ -165,23 +180,25 @@ class _Checkpoints(TorchFunctionMode):
         if id(holder) in self.seen or not hasattr(holder, name):
             return
         self.seen[id(holder)] = holder
-        setattr(holder, name, _Again(getattr(holder, name), self.again))
+        setattr(holder, name, _Again(getattr(holder, name), self.exchange))
 
 
 class _Again(NamedTuple):
     """A checkpointed part, the next time."""
 
     first: Callable[..., Any]
-    again: Callable[[], AbstractContextManager[Any]]
+    exchange: Exchange
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not TURN.acquire(timeout=_SECONDS):
+        # On a thread of the engine's own, as for a GPU, the turn is that of the thread which waits for it.
+        lock = _ENGINE if self.exchange in _HELD else TURN
+        if not lock.acquire(timeout=_SECONDS):
             raise UnsupportedError("A checkpointed part of a module cannot run again while another thread uses the module.")
         try:
-            with self.again():
+            with self.exchange.watched():
                 return self.first(*args, **kwargs)
         finally:
-            TURN.release()
+            lock.release()
 
 
 def _frame_of(unpack: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from per_sample import (
     UnsupportedError,
     UnusedArgumentWarning,
+    _swapped,
     call_for_per_sample_grads,
     clipped_grad,
     functional,
@@ -20,6 +23,7 @@ from per_sample import (
     per_sample_grad,
     per_sample_grad_norm,
 )
+from per_sample._batched import Batched
 
 N, D = 4, torch.float64
 
@@ -145,6 +149,114 @@ def test_two_sets_of_parameters_are_refused_where_either_may_run_again() -> None
 def pairs(loss: Any) -> Any:
     grads = per_sample_grad(functional(network("plain"), F.cross_entropy))
     return grads(loss.params, X, Y).items(), grads(loss.params, 2 * X, Y).values()
+
+
+class Looks(nn.Module):
+    """Has something of its own looked at in the backward pass."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def look(self, grad: Tensor) -> Tensor:
+        return grad * self.a.bias.detach().sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        if self.kind == "tensor" and h.requires_grad:
+            h.register_hook(self.look)
+        if self.kind == "node" and h.requires_grad:
+            h.grad_fn.register_hook(lambda to_inputs, to_outputs: (self.look(to_inputs[0]),))
+        if self.kind == "prehook" and h.requires_grad:
+            h.grad_fn.register_prehook(lambda grads: (self.look(grads[0]),))
+        if self.kind == "saved":
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, self.look):
+                h = h.sin()
+        return self.b(h)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "node", "prehook", "saved", "in the loss"])
+def test_what_is_looked_at_in_the_backward_pass_is_of_the_call(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Looks(kind).double()
+    looked: list[Any] = [model]
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        if kind == "in the loss" and output.requires_grad:
+            output.register_hook(lambda grad: looked[0].look(grad))
+        return F.cross_entropy(output, target)
+
+    loss = functional(model, loss_fn)
+    params = {name: p + 0.5 for name, p in loss.params.items()}
+    truth = copy.deepcopy(model)
+    load_back(truth, params)
+    found = per_sample_grad(loss)(params, X, Y)
+    looked[0] = truth
+    for i in range(N):
+        grads = torch.autograd.grad(loss_fn(truth(X[i : i + 1]), Y[i : i + 1]), list(truth.parameters()))
+        torch.testing.assert_close([g[i] for g in found.values()], list(grads))
+
+
+def test_two_that_are_bound_to_different_tensors_are_two_sets() -> None:
+    loss = functional(Looks("tensor").double(), F.cross_entropy)
+    one, other = (loss.bind({"a.bias": torch.full((4,), value, dtype=D)}) for value in (1.0, 2.0))
+    with pytest.raises(UnsupportedError, match="several sets of parameters"):
+        per_sample_grad(lambda p, x, y: one(p, x, y) + other(p, x, y))(one.params, X, Y)
+
+
+def test_nothing_of_a_call_outlives_it() -> None:
+    loss = functional(network("hook"), F.cross_entropy)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            per_sample_grad(loss)(loss.params, X, Y)
+        assert not [x for x in gc.get_objects() if type(x) is Batched]
+    finally:
+        gc.enable()
+
+
+def test_a_thread_of_the_engine_may_run_a_part_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a GPU, while the thread that has the turn waits for it; any other thread has to wait itself."""
+    monkeypatch.setattr(_swapped, "_SECONDS", 0.05)
+    module = nn.Linear(3, 2)
+    new = torch.zeros(2)
+    held, other = (_swapped.Exchange(module, dict(module.named_parameters()), {"bias": new}) for _ in range(2))
+    with ThreadPoolExecutor(1) as pool, held.held():
+        assert pool.submit(_swapped._Again(lambda: module.bias is new, held)).result()
+        with pytest.raises(UnsupportedError, match="while another thread"):
+            pool.submit(_swapped._Again(lambda: None, other)).result()
+        assert module.bias is new
+    assert type(module.bias) is nn.Parameter
+    assert _swapped._HELD == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: float(w.shape[0]),
+        lambda w: float(w.size(0)),
+        lambda w: torch.zeros_like(w).sum(),
+        lambda w: w.new_zeros(3).sum(),
+        lambda w: (w > 0).sum(),
+    ],
+)
+@pytest.mark.parametrize("around", ["nothing", "no_grad", "vmap"])
+def test_what_takes_no_value_of_a_weight_is_no_use_of_it(use: Any, around: str) -> None:
+    class Listing(Listed):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(torch.tanh(self.a(x)))
+            return out + use(self.weights[0])
+
+    loss = functional(Listing().double(), F.cross_entropy)
+    with torch.set_grad_enabled(around != "no_grad"):
+        transformed = per_sample_grad_norm(loss)
+        found = (
+            torch.func.vmap(transformed, (None, 0, 0))(loss.params, X[None], Y[None])[0]
+            if around == "vmap"
+            else transformed(loss.params, X, Y)
+        )
+    assert found.isfinite().all()
 
 
 class Listed(nn.Module):
