@@ -54,6 +54,10 @@ class Context:
     copies: int = 0
     # Every sample gets its own of the tensors that the program makes: from nothing (1), or from shared ones, too (2).
     expands: int = 0
+    # What is not differentiated does not require grad, even where the caller records it: the program writes into it.
+    constants: int = 0
+    # All tensors of the transforms around are known, not only those that the function was seen to reach.
+    scans: int = 0
     # Calls are caught before the dispatcher, too.
     functions: bool = False
     # The batch is empty: one sample of zeros stands for it.

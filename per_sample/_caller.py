@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import warnings
@@ -43,6 +44,8 @@ class Restart(BaseException):
     ``copies``: the program writes in place into its arguments, which it must get as copies (see ``Context``).
     ``expands``: it writes a per-sample value into a tensor of its own making, which every sample must get for itself (see ``Context``).
     ``functions``: some of its calls have to be caught before the dispatcher sees them.
+    ``constants``: it writes into what is not differentiated, but recorded by the caller.
+    ``scans``: it has a tensor of which only a list of all can tell to which transform it belongs.
     ``accumulates``: it holds a reentrant checkpoint, which wants `backward` instead of `autograd.grad`.
     ``groups``: samples (their numbers) that have to run apart.
     None of these: a closed-over tensor turned out to require grad, and the caller's context must be kept.
@@ -140,12 +143,19 @@ def _refuse_custom_function() -> None:
 def _refuse_saved_tensor_hooks() -> None:
     """What such a hook makes of a tensor, without grad mode, has that tensor's history for autograd here, and none for the caller."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
-        raise UnsupportedError(
-            "Hooks on saved tensors (`saved_tensors_hooks`, `save_on_cpu`) inside `fn`, and the per-sample gradients are being "
-            "differentiated once more: the outer derivative would miss what they make of them. Leave them away, or detach the arguments "
-            "(or use torch.no_grad()) where the outer derivative is not wanted."
-        )
+    if hooks is None:
+        return
+    pack = inspect.unwrap(hooks[0].func if isinstance(hooks[0], functools.partial) else hooks[0])
+    code = getattr(pack, "__code__", None) or getattr(type(pack).__call__, "__code__", None)
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            raise UnsupportedError(
+                "Hooks on saved tensors (`saved_tensors_hooks`, `save_on_cpu`) change them, and the per-sample gradients are being "
+                "differentiated once more: the outer derivative would miss that. Leave them away, or detach the arguments (or use "
+                "torch.no_grad()) where the outer derivative is not wanted."
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def warn_of_replaced(ctx: Context, x: Any, out: Any = None) -> None:
@@ -279,7 +289,7 @@ class CallerMode(TorchFunctionMode):
                 # Outside of the transforms of the program's own, which would not have it.
                 lifted = wrap_shared(self.ctx, x)
                 with temporarily_clear_interpreter_stack():
-                    lifted.requires_grad_(recorded)
+                    lifted.requires_grad_(recorded and not self.ctx.constants)
                 self.lifted[id(x)] = (x, lifted)
                 caller.differentiates |= recorded
                 caller.closed_over |= x.requires_grad and x.grad_fn is None
@@ -297,14 +307,13 @@ class CallerMode(TorchFunctionMode):
         return x.requires_grad and self.ctx.grad_mode and storage_of(x) not in self.ctx.born
 
     def _is_from_outside(self, x: Tensor) -> bool:
-        """Of a wrapper that is in use below a transform of the program's own: that wraps what the program has."""
-        while _functorch.is_functorch_wrapped_tensor(x):
-            x = _functorch.get_unwrapped(x)
-        if type(x) is Batched:
-            return x.ctx.depth < self.ctx.depth
-        if storage_of(x) in self.ctx.born or storage_of(x) in self.captured.storages:
+        """Whether a wrapper that is in use below a transform of the program's own is not of that one: it was there before the program."""
+        if self.ctx.scans:
             return False
-        raise UnsupportedError(
-            "A torch.func transform in `fn` meets a tensor from outside of `fn`, and there is a transform there, too: nobody can tell to "
-            "which of them it belongs. Pass it to `fn` as an argument (`in_dims` of None: the same for all samples)."
-        )
+        base = x
+        while _functorch.is_functorch_wrapped_tensor(base):
+            base = _functorch.get_unwrapped(base)
+        own = type(base) is Batched and base.ctx.depth >= self.ctx.depth
+        if own or storage_of(base) in self.ctx.born or storage_of(base) in self.captured.storages:
+            return False
+        raise Restart(self.ctx, scans=1)

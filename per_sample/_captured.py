@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
-from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+import gc
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,17 +12,20 @@ from torch._C import _functorch
 
 from per_sample._batched import storage_of
 
+# Containers of more things are not looked through.
+_MANY = 10_000
+
 
 class Reached(NamedTuple):
     """Wrappers of functorch's by id, and the memory of plain tensors."""
 
-    wrappers: set[int]
+    wrappers: dict[int, Tensor]  # kept, so that the ids stay taken
     storages: set[int | None]
 
 
 def reached(fn: Any) -> Reached:
-    """What a function reaches through its closure, globals, defaults and bound objects."""
-    found = Reached(set(), set())
+    """What a function reaches through its closure, globals, defaults and bound objects: all that is found without looking everywhere."""
+    found = Reached({}, set())
     seen: set[int] = set()
     waiting = [fn]
     while waiting:
@@ -30,40 +33,42 @@ def reached(fn: Any) -> Reached:
         if id(x) in seen:
             continue
         seen.add(id(x))
-        if isinstance(x, Tensor):
+        if issubclass(type(x), Tensor):
             if _functorch.is_functorch_wrapped_tensor(x):
-                found.wrappers.add(id(x))
+                found.wrappers[id(x)] = x
             else:
                 found.storages.add(storage_of(x))
-        elif isinstance(x, FunctionType):
-            waiting += [c.cell_contents for c in x.__closure__ or () if not _is_empty(c)]
-            names = _names(x.__code__)
-            used = [x.__globals__[name] for name in names if name in x.__globals__]
-            waiting += used
-            # Of a module or a class what the function names.
-            owners = [vars(owner) for owner in used if isinstance(owner, (type, ModuleType))]
-            waiting += [owner[name] for owner in owners for name in names if name in owner]
-            waiting += x.__defaults__ or ()
-            waiting += (x.__kwdefaults__ or {}).values()
-        elif isinstance(x, MethodType):
-            waiting += [x.__self__, x.__func__]
-        elif isinstance(x, functools.partial):
-            waiting += [x.func, *x.args, *x.keywords.values()]
-        elif isinstance(x, (dict, MappingProxyType)):
-            waiting += x.values()
-        elif isinstance(x, (list, tuple, set, deque)):
-            waiting += x
-        elif hasattr(x, "__dict__") and not isinstance(x, (type, ModuleType)):
-            waiting += vars(x).values()
-        elif hasattr(type(x), "__slots__"):
-            waiting += [getattr(x, name, None) for name in type(x).__slots__ if isinstance(name, str)]
+        else:
+            waiting += _within(x)
     return found
 
 
-def _names(code: CodeType) -> set[str]:
-    """The names that a function uses, and those that the functions in it use."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+def everything() -> Reached:
+    """All wrappers that there are."""
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    return Reached({id(x): x for x in tensors if _functorch.is_functorch_wrapped_tensor(x)}, set())
+
+
+def _within(x: Any) -> list[Any]:
+    # By `type`, since `isinstance` asks the object, which may have its own ideas.
+    kind = type(x)
+    if kind is FunctionType:
+        cells = [c.cell_contents for c in x.__closure__ or () if not _is_empty(c)]
+        used = [x.__globals__[name] for name in x.__code__.co_names if name in x.__globals__]
+        return [*cells, *used, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+    if kind is MethodType:
+        return [x.__self__, x.__func__]
+    if issubclass(kind, functools.partial):
+        return [x.func, *x.args, *x.keywords.values()]
+    if issubclass(kind, (dict, list, tuple, set)):
+        return [] if len(x) > _MANY else list(dict.values(x) if issubclass(kind, dict) else x)
+    if issubclass(kind, (type, ModuleType)):
+        return []
+    try:
+        own = object.__getattribute__(x, "__dict__")
+    except AttributeError:
+        return []
+    return list(own.values())
 
 
 def _is_empty(cell: CellType) -> bool:

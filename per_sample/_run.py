@@ -109,6 +109,8 @@ def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any
     except Exception as err:
         if not ctx.functions and _came_from_control_flow(err):
             raise Restart(ctx, functions=True) from err
+        if not ctx.constants and ctx.caller is not None and "leaf Variable that requires grad is being used in an in-place" in str(err):
+            raise Restart(ctx, constants=1) from err
         if ctx.empty and isinstance(err, (IndexError, torch.linalg.LinAlgError)):  # type: ignore[attr-defined]
             # An index or a matrix of zeros that no sample has.
             raise Restart(ctx, groups=[]) from err
@@ -192,7 +194,7 @@ def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
     with nullcontext() if ctx.caller is None else torch._C.DisableTorchFunction():
         lifted = wrap_shared(ctx, value) if dim is None and ctx.copies < 3 else wrap(ctx, value)
         # As where it comes from: `torch.autograd.functional` detaches what does not require grad, and the caller would lose a derivative.
-        if ctx.caller is not None and ctx.grad_mode and is_recorded(value):
+        if ctx.caller is not None and ctx.grad_mode and not ctx.constants and is_recorded(value):
             lifted.requires_grad_()
         return lifted
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_curren
 
 from per_sample._batched import Context, is_recorded
 from per_sample._caller import Caller, CallerMode, Restart, has_derivative_level
-from per_sample._captured import reached
+from per_sample._captured import everything, reached
 from per_sample._functions import FunctionMode
 from per_sample._interpreter import Interpreter
 
@@ -106,7 +106,8 @@ def _inside(ctx: Context, fn: Any, keeps_caller: bool, differentiates: bool) -> 
     """No functorch levels, autograd on, every op seen by the interpreter."""
     with ExitStack() as context:
         if keeps_caller:
-            captured = reached(fn if _functorch.peek_interpreter_stack() is not None else None)
+            below = _functorch.peek_interpreter_stack() is not None
+            captured = everything() if ctx.scans else reached(fn if below else None)
             stack = context.enter_context(temporarily_clear_interpreter_stack())
             ctx.caller = Caller(stack, ctx.grad_mode, differentiates)
             context.enter_context(CallerMode(ctx, captured))
