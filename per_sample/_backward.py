@@ -15,7 +15,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from per_sample._batched import Batched, Context, storage_of, wrap_shared
-from per_sample._caller import Restart, custom_functions, refuse_custom_nodes
+from per_sample._caller import Restart, refuse_custom_nodes
 from per_sample._errors import UnsupportedError, UnusedArgumentWarning
 from per_sample._factors import Dense, Factor
 from per_sample._interpreter import Interpreter
@@ -29,27 +29,17 @@ if TYPE_CHECKING:
 # only differentiable ops will do.
 Reduce = Callable[[int, Any, bool], Any]
 
-# Custom functions that call no module in the backward pass; checkpoints see to it themselves, on whatever thread they run again.
-_HARMLESS = ("per_sample.", "torch.utils.checkpoint")
-
 # Below so many numbers the factors of all leaves wait until the backward pass is over: hooks would take more time than the memory is worth.
 LARGE = 2**18
 
 
 @contextmanager
-def exchanged(ctx: Context, loss: Tensor) -> Iterator[None]:
-    """Modules have the tensors of the call for its backward pass, too: hooks and custom functions may call them or look at them."""
-    if any(one.differs(other) for one, other in itertools.combinations(ctx.again, 2)):
-        if ctx.hooked or any(not f.__module__.startswith(_HARMLESS) for f in custom_functions(loss)):
-            raise UnsupportedError(
-                "A module is called with several sets of parameters, and has hooks on tensors or custom functions, which may call it in "
-                "the backward pass: nobody could tell with which. Call `functional` of a copy of the module."
-            )
-        yield
-        return
+def exchanged(ctx: Context) -> Iterator[None]:
+    """Modules have the tensors of the call for its backward pass, too: custom functions may call them or look at them."""
+    unclear = set().union(*(one.differences(other) for one, other in itertools.combinations(ctx.again, 2)))
     with ExitStack() as context:
         for exchange in ctx.again:
-            context.enter_context(exchange.held())
+            context.enter_context(exchange.held(unclear))
         yield
 
 

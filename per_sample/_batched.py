@@ -84,8 +84,6 @@ class Context:
     again: list[Any] = field(default_factory=list)
     # The tensors of modules that have others for this call, by id.
     replaced: dict[int, str] = field(default_factory=dict)
-    # The program has set hooks on tensors.
-    hooked: bool = False
     # Factored values not yet materialised, by id: an in-place op must not change their operands. Nobody asks for those that have died.
     pending: dict[int, TensorWeakRef] = field(default_factory=dict)
 

@@ -174,12 +174,6 @@ def warn_of_replaced(ctx: Context, x: Any, out: Any = None) -> None:
 
 def refuse_custom_nodes(loss: Tensor) -> None:
     """The same for a custom function that runs no op of its own in ``forward``, which later versions show in the graph alone."""
-    for function in custom_functions(loss):
-        _refuse(function.__name__)
-
-
-def custom_functions(loss: Tensor) -> Iterator[Any]:
-    """The custom functions in a graph."""
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
@@ -187,7 +181,7 @@ def custom_functions(loss: Tensor) -> Iterator[Any]:
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            yield type(node)._forward_cls
+            _refuse(type(node).__name__.removesuffix("Backward"))
         waiting += [following for following, _ in node.next_functions]
 
 

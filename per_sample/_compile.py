@@ -23,6 +23,7 @@ from per_sample._backward import differentiate, read_out
 from per_sample._batched import Batched, Context
 from per_sample._dynamo import prepare
 from per_sample._errors import DataDependentError, UnsupportedError
+from per_sample._lists import LISTS
 from per_sample._marks import TracedGrads, answered, ops
 from per_sample._run import check_output, lift, split_aux
 from per_sample._surroundings import in_context
@@ -64,6 +65,10 @@ def _batch_size(subgraph: Any, operands: tuple[Any, ...]) -> Any:
         if node.target in (ops.sample.default, ops.sample, ops.leaf.default, ops.leaf) and node.args[1] >= 0:
             return placeholders[node.args[0]].shape[node.args[1]]
     raise AssertionError("a per-sample subgraph without a batched input")
+
+
+# What `x.data` is in dynamo's graphs.
+_GET_DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 
 
 class _ReadOut:
@@ -111,6 +116,10 @@ class _Runner(torch.fx.Interpreter):
                 return [LeafGrads(factor, functional=True) for factor in differentiate(loss, leaves, self.ctx, retain_graph=True)]
         if packet is ops.ask:
             return self._tail(answered, args, kwargs)
+        if target is _GET_DATA:
+            target = Tensor.detach  # which is known for the program's own, whatever surrounds it
+        if target in LISTS and (written := LISTS[target](*args, **kwargs)) is not NotImplemented:
+            return written
         if target is autograd_function_apply:
             # It would mark those that are not among these in the graph of the caller's, who has none of them.
             kwargs = {**kwargs, "saved_for_backward_idx": range(sys.maxsize)}

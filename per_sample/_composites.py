@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 from per_sample._batched import Batched, wrap, wrap_factor
 from per_sample._factors import Outer
 from per_sample._kernels import onednn
+from per_sample._lists import LISTS
 from per_sample._registry import TABLE, on_change
 from per_sample._skipped import skip
 
@@ -46,10 +47,14 @@ on_change(_note_replaced)
 
 
 class CompositeMode(TorchFunctionMode):
-    """Catches the functions of ``COMPOSITES`` before torch takes them apart."""
+    """Catches functions before torch takes them apart."""
+
+    def __init__(self, table: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        composite = COMPOSITES.get(func)
+        composite = self.table.get(func)
         if composite is not None:
             out = composite(*args, **(kwargs or {}))
             if out is not NotImplemented:
@@ -60,10 +65,7 @@ class CompositeMode(TorchFunctionMode):
 @contextmanager
 def composites(ctx: Context) -> Iterator[None]:
     """Where the program runs, so that its functions are caught; modes that it leaves open stay open."""
-    if ctx.functional:
-        yield
-        return
-    own = CompositeMode()
+    own = CompositeMode(LISTS if ctx.functional else COMPOSITES)
     overrides._push_mode(own)
     try:
         yield
@@ -196,6 +198,6 @@ def _by_single_ops(shape: tuple[int, ...], wanted: Any, grad: Tensor, input: Any
     return by_input, by_weight, rows.sum(0) if wanted[2] else None
 
 
-COMPOSITES = {F.linear: _linear}
+COMPOSITES = {F.linear: _linear, **LISTS}
 skip(CompositeMode.__torch_function__)
 skip(Linear.backward)

@@ -52,16 +52,6 @@ def _writes_into_copy(op: OpOverload) -> bool:
     return op._schema.name.removeprefix("aten::").startswith(_COPY_THEN_WRITE)
 
 
-@functools.cache
-def _out_of_place(op: OpOverload) -> OpOverload | None:
-    """For an op on lists in place its form out of place: torch.func.grad forgets what the former writes into views (torch 2.13)."""
-    name = op._schema.name.removeprefix("aten::")
-    if not (name.startswith("_foreach_") and name.endswith("_")):
-        return None
-    out_of_place: OpOverload = getattr(getattr(torch.ops.aten, name[:-1]), op._overloadname)
-    return out_of_place
-
-
 def run(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, randomness: str) -> Any:
     """The op on the physical tensors of its arguments; results carry the sample axis in front."""
     if _writes_into_copy(op) and isinstance(args[0], Tensor) and not is_batched(args[0]):
@@ -72,7 +62,6 @@ def run(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, r
 
     found: list[list[Any]] = []
     out_spec: Any = None
-    apart = _out_of_place(op)
 
     def one(*values: Tensor) -> tuple[Tensor, ...]:
         nonlocal out_spec
@@ -80,13 +69,7 @@ def run(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, r
         for i, value in zip(where, values, strict=True):
             filled[i] = value
         a, k = pytree.tree_unflatten(filled, spec)
-        if apart is None:
-            result = op(*a, **k)
-        else:
-            result = None
-            for target, changed in zip(a[0], apart([x.clone() for x in a[0]], *a[1:], **k), strict=True):
-                target.copy_(changed)
-        out, out_spec = pytree.tree_flatten(result)
+        out, out_spec = pytree.tree_flatten(op(*a, **k))
         found.append(out)
         # Results such as the None of a masked-out gradient are no tensors, which vmap refuses to return.
         return tuple(x for x in out if isinstance(x, Tensor))
@@ -95,7 +78,7 @@ def run(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, r
         try:
             columns = torch.vmap(one, randomness=randomness)(*tensors)
         except RuntimeError as err:
-            if "same randomness" not in str(err):
+            if randomness != "same" or "same randomness" not in str(err):
                 raise
             raise RandomnessError(f"`{op}` cannot draw the same numbers for samples that differ: pass randomness='different'.") from err
     else:
@@ -113,7 +96,7 @@ def _stacked(op: OpOverload, ctx: Context, rows: list[tuple[Tensor, ...]], found
     return tuple(torch.stack(column) for column in columns)
 
 
-def shared_draw(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor, randomness: str) -> Tensor:
-    """A random op none of whose arguments differs between samples, drawn for each sample as vmap draws it: ``[n, ...]``."""
-    out: Tensor = torch.vmap(lambda _: op(*args, **kwargs), randomness=randomness)(like)
-    return out
+def shared_draw(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: Context) -> Any:
+    """A random op none of whose arguments differs between samples, drawn for each sample as vmap draws it."""
+    out = torch.vmap(lambda _: op(*args, **kwargs), randomness=ctx.randomness)(torch.empty(ctx.n))
+    return pytree.tree_map(lambda x: wrap(ctx, x), out)

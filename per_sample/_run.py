@@ -78,7 +78,7 @@ def run(
         loss, aux = split_aux(out, program.has_aux)
         aux = open_tree(aux) if program.has_aux else None
         check_output(loss, program.keep_batch_dim or getattr(program.fn, "keep_batch_dim", False), scalar=not program.jacobian)
-        with exchanged(ctx, loss):
+        with exchanged(ctx):
             if program.jacobian:
                 return by_output(loss, targets, ctx), loss, aux
             return differentiate(loss, targets, ctx, reduce), loss, aux

@@ -81,5 +81,5 @@ def _for_the_first_sample(op: Any, args: Any, kwargs: Any) -> Any:
         with torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, first, (args, kwargs))
             return op(*args, **kwargs)
-    except (NotImplementedError, RuntimeError):
-        return None  # below `torch.vmap`, say, which has no rule for it
+    except Exception:
+        return None  # below `torch.vmap`, say, which has no rule for it; or it refuses what the rule takes

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import CheckpointFunction
 
 from per_sample._batched import Batched
 from per_sample._errors import SharedWriteError, UnsupportedError
 from per_sample._fsdp import hooks_off
+from per_sample._interpreter import Interpreter
 from per_sample._write_back import state_of
 
 if TYPE_CHECKING:
@@ -54,26 +56,51 @@ class Exchange:
         self.tables = {id(table) for table in tables}
         self.news = {(id(place.table), place.name): place.new for place in self.places}
 
-    def differs(self, other: Exchange) -> bool:
-        """Whether the two have different tensors at a place of both modules."""
+    def differences(self, other: Exchange) -> set[tuple[int, str]]:
+        """The places of both modules at which the two have different tensors."""
         common = (key for key in {*self.news, *other.news} if key[0] in self.tables and key[0] in other.tables)
-        return any(self.news.get(key) is not other.news.get(key) for key in common)
+        return {key for key in common if self.news.get(key) is not other.news.get(key)}
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """The module with these tensors, for the time of a backward pass."""
-        with TURN, _exchanged(self.module, self.places):
+    def held(self, unclear: Collection[tuple[int, str]] = ()) -> Iterator[None]:
+        """The module with these tensors, for the time of a backward pass; at places that are ``unclear`` with none that can be used."""
+        places = [place._replace(new=_UNCLEAR) if (id(place.table), place.name) in unclear else place for place in self.places]
+        with TURN, _exchanged(self.module, places) as assigned:
             _HELD.append(self)
             try:
                 yield
             finally:
                 _HELD.remove(self)
+        _refuse_assigned(assigned)
 
     @contextmanager
     def watched(self) -> Iterator[dict[str, Any]]:
         """The same for a call, and for what runs again of it, in which there may be checkpoints, too."""
         with _exchanged(self.module, self.places) as assigned, _Checkpoints(self):
             yield assigned
+
+
+class _Unclear(Tensor):
+    """Stands where a module has been called with different tensors, and nobody could tell which of them is meant."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise UnsupportedError(
+            "A module that was called with several sets of parameters is called or looked at in the backward pass, by a custom function: "
+            "nobody can tell with which. Call `functional` of a copy of the module for each set."
+        )
+
+
+_UNCLEAR = torch.empty(0).as_subclass(_Unclear)
+
+
+def _refuse_assigned(assigned: Mapping[str, Any]) -> None:
+    for name, new in assigned.items():
+        if type(new) is Batched and not new.shared:
+            raise SharedWriteError(
+                f"The module assigns a value that differs between samples to its buffer {name!r}, which they share. Return the value "
+                "with `has_aux=True`, and update the buffer outside."
+            )
 
 
 # Those under way in backward passes, for which the thread that waits has the turn.
@@ -93,25 +120,21 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     with TURN:
         own = state_of(module)
         exchange = Exchange(module, own, tensors)
-        contexts = {id(x.ctx): x.ctx for x in exchange.news.values() if type(x) is Batched}.values()
-        before = [ctx.replaced for ctx in contexts]
-        for ctx in contexts:
-            exchange = next((x for x in ctx.again if x.module is module and not x.differs(exchange)), exchange)
-            if exchange not in ctx.again:
-                ctx.again.append(exchange)
-            ctx.replaced = {**ctx.replaced, **{id(own[name]): name for name in tensors}}
-        try:
+        ctx = next((mode.ctx for mode in reversed(_get_current_dispatch_mode_stack()) if isinstance(mode, Interpreter)), None)
+        if ctx is None:
             with exchange.watched() as assigned:
                 yield
-        finally:
-            for ctx, replaced in zip(contexts, before, strict=True):
+        else:
+            exchange = next((x for x in ctx.again if x.module is module and not x.differences(exchange)), exchange)
+            if exchange not in ctx.again:
+                ctx.again.append(exchange)
+            replaced, ctx.replaced = ctx.replaced, {**ctx.replaced, **{id(own[name]): name for name in tensors}}
+            try:
+                with exchange.watched() as assigned:
+                    yield
+            finally:
                 ctx.replaced = replaced
-        for name, new in assigned.items():
-            if type(new) is Batched and not new.shared:
-                raise SharedWriteError(
-                    f"The module assigns a value that differs between samples to its buffer {name!r}, which they share. Return the value "
-                    "with `has_aux=True`, and update the buffer outside."
-                )
+        _refuse_assigned(assigned)
 
 
 @contextmanager
@@ -165,8 +188,9 @@ class _Checkpoints(TorchFunctionMode):
         self.seen: dict[int, Any] = {id(holder): holder for holder in around}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.register_hook and type(args[0]) is Batched:
-            args[0].ctx.hooked = True
+        if func is torch.Tensor.register_hook and callable(args[-1]):
+            # It may call the module, or look at it, in a backward pass of the program's own, too.
+            args = (*args[:-1], _Again(args[-1], self.exchange))
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None:
             self._wrap(_frame_of(hooks[1]), "recompute_fn")
@@ -184,7 +208,7 @@ class _Checkpoints(TorchFunctionMode):
 
 
 class _Again(NamedTuple):
-    """A checkpointed part, the next time."""
+    """A checkpointed part, the next time, or a hook."""
 
     first: Callable[..., Any]
     exchange: Exchange

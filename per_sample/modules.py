@@ -67,9 +67,9 @@ def functional(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"`module` must be an nn.Module; got {type(module).__name__}.")
-    if isinstance(module, torch.jit.ScriptModule):
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         raise ArgumentError(
-            "`module` is compiled by TorchScript, and its parameters cannot be exchanged: pass the one that it is made from."
+            "`module`, or a part of it, is compiled by TorchScript; its parameters cannot be exchanged: pass the one that it is made from."
         )
     if hasattr(module, "autograd_grad_sample_hooks"):
         raise ArgumentError("`module` has the hooks of Opacus in its layers: take them off with `model.to_standard_module()`.")

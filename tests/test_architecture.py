@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_generators",
         "_conversions",
         "_keys",
+        "_lists",
         "_options",
         "_out",
         "_containers",

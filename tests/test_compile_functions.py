@@ -151,6 +151,39 @@ def test_parameters_require_grad_inside() -> None:
         torch.testing.assert_close(transform(W, X), 2 * X[:, :, None].expand(N, 3, 4))
 
 
+def taken_as_data(w: Tensor, x: Tensor) -> Tensor:
+    return ((x @ w).tanh().data * (x @ w)).sum() + (w**2).sum()
+
+
+def of_lists_in_place(w: Tensor, x: Tensor) -> Tensor:
+    h = (x @ w).view(2, 2)
+    torch._foreach_mul_([h], 2.0)
+    return h.tanh().sum()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("loss", [taken_as_data, of_lists_in_place], ids=lambda loss: loss.__name__)
+def test_what_only_a_derivative_sees(loss: Any, backend: str) -> None:
+    compiled = torch.compile(lambda w, x: per_sample_grad(loss)(w, x), fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(W, X), by_loop(loss))
+    w, v = (W.clone().requires_grad_() for _ in range(2))
+    rows = torch.stack([torch.autograd.grad(loss(v, x), v, create_graph=True)[0] for x in X])
+    expected = torch.autograd.grad(rows.square().sum(), v)
+    torch.testing.assert_close(torch.autograd.grad(compiled(w, X).square().sum(), w), expected)
+
+
+def test_dropout_of_what_the_samples_share() -> None:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ nn.functional.dropout(w, 0.5)).sum()
+
+    compiled = torch.compile(lambda w, x: per_sample_grad(loss, randomness="different")(w, x), fullgraph=True, backend="aot_eager")
+    found = compiled(W, X)
+    dropped = found == 0
+    torch.testing.assert_close(found, torch.where(dropped, 0, 2 * X[:, :, None]))
+    assert dropped.any()
+    assert not torch.equal(dropped[0], dropped[1])
+
+
 BELOW = {
     "grad": lambda w, x: (grad(lambda q: Scaled.apply(q @ w, 1.5).sum())(x) ** 2).sum(),
     "vmap": lambda w, x: vmap(lambda c: Apart.apply((c * x).sum())[0], 1)(w).sum(),

@@ -85,6 +85,12 @@ def of_lists_in_place(w: Tensor, x: Tensor) -> Tensor:
     return (a * a).sin().sum()
 
 
+def of_views_in_place(w: Tensor, x: Tensor) -> Tensor:
+    h = (x @ w).view(2, 2)
+    torch._foreach_mul_([h], 2.0)
+    return h.tanh().sum()
+
+
 def jacobians(w: Tensor, x: Tensor) -> Tensor:
     return (jacobian(lambda q: (q @ w).tanh(), x, create_graph=True) ** 2).sum()
 
@@ -101,6 +107,7 @@ FUNCTIONS = [
     below_vjp,
     below_hessian,
     of_lists_in_place,
+    of_views_in_place,
     jacobians,
 ]
 
@@ -124,7 +131,7 @@ def test_first_derivatives(fn: Any) -> None:
     with torch.inference_mode():
         found = per_sample_grad(fn)(W, X) if fn is not jacobians else expected
     torch.testing.assert_close(found.clone(), expected)
-    if fn not in (jacobians, of_lists_in_place):  # which functorch refuses
+    if fn not in (jacobians, of_lists_in_place, of_views_in_place):  # which functorch refuses
         torch.testing.assert_close(vmap(per_sample_grad(fn), (0, None))(torch.stack([W, 2 * W]), X)[0], expected)
 
 
@@ -363,3 +370,24 @@ def test_a_transform_of_a_tensor_closed_over_from_a_transform_around_is_refused(
 
     with pytest.raises(UnsupportedError, match="argument"):
         around(found, real(3))
+
+
+LISTS = {
+    "list": lambda h, g, a, b: torch._foreach_add_([h, g], [a, b], alpha=2.0),
+    "lists": lambda h, g, a, b: torch._foreach_addcmul_([h, g], [a, b], [b, a], [2.0, 3.0]),
+    "scalars": lambda h, g, a, b: torch._foreach_mul_([h, g], [2.0, 3.0]),
+    "nothing": lambda h, g, a, b: torch._foreach_exp_([h, g]),
+    "in turn": lambda h, g, a, b: torch._foreach_add_([h, g], [g, h]),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_writes_into_lists(name: str) -> None:
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        h, g = x @ w, (x * 2) @ w.cos()
+        LISTS[name](h, g, x @ w.sin(), x @ (w * w))
+        return (h * g).tanh().sum()
+
+    torch.testing.assert_close(per_sample_grad(fn)(W, X), by_loop(fn, W, X))
+    expected = derivative(lambda w: (by_loop(fn, w, X, create_graph=True) * OUTSIDE).sum(), W)
+    torch.testing.assert_close(grad(lambda w: (per_sample_grad(fn)(w, X) * OUTSIDE).sum())(W), expected)

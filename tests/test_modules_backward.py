@@ -134,16 +134,34 @@ def test_grad_sample_of_what_runs_again(kind: str) -> None:
 
 
 def test_two_sets_of_parameters_are_refused_where_either_may_run_again() -> None:
-    for kind, refused in (("given", True), ("plain", False)):
+    for kind, refused in (("given", True), ("asked", True), ("hook", False), ("plain", False)):
         loss = functional(network(kind), F.cross_entropy)
         both = lambda p, x, y, loss=loss: loss(p, x, y) + loss({k: 2 * v for k, v in p.items()}, x, y)  # noqa: E731
         if refused:
             with pytest.raises(UnsupportedError, match="several sets of parameters"):
                 per_sample_grad(both)(loss.params, X, Y)
-        else:
-            per_sample_grad(both)(loss.params, X, Y)
-        twice = per_sample_grad(lambda p, x, y, loss=loss: loss(p, x, y) + loss(p, 2 * x, y))(loss.params, X, Y)
-        torch.testing.assert_close(twice, {k: a + b for (k, a), b in zip(*pairs(loss), strict=True)})
+            continue
+        doubled = {k: 2 * v for k, v in loss.params.items()}
+        expected = {k: g + 2 * per_sample_grad(loss)(doubled, X, Y)[k] for k, g in per_sample_grad(loss)(loss.params, X, Y).items()}
+        torch.testing.assert_close(per_sample_grad(both)(loss.params, X, Y), expected)
+    twice = per_sample_grad(lambda p, x, y: loss(p, x, y) + loss(p, 2 * x, y))(loss.params, X, Y)
+    torch.testing.assert_close(twice, {k: a + b for (k, a), b in zip(*pairs(loss), strict=True)})
+
+
+def test_two_sets_of_parameters_of_a_function_that_calls_no_module() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 3 * grad
+
+    loss = functional(nn.Linear(3, 2).double(), lambda output, y: F.cross_entropy(Doubled.apply(output), y))
+    both = per_sample_grad(lambda p, x, y: loss(p, x, y) + loss({k: 2 * v for k, v in p.items()}, x, y))(loss.params, X, Y)
+    doubled = per_sample_grad(loss)({k: 2 * v for k, v in loss.params.items()}, X, Y)
+    torch.testing.assert_close(both, {k: g + 2 * doubled[k] for k, g in per_sample_grad(loss)(loss.params, X, Y).items()})
 
 
 def pairs(loss: Any) -> Any:
@@ -197,11 +215,44 @@ def test_what_is_looked_at_in_the_backward_pass_is_of_the_call(kind: str) -> Non
         torch.testing.assert_close([g[i] for g in found.values()], list(grads))
 
 
-def test_two_that_are_bound_to_different_tensors_are_two_sets() -> None:
+def test_hooks_of_two_that_are_bound_to_different_tensors() -> None:
     loss = functional(Looks("tensor").double(), F.cross_entropy)
     one, other = (loss.bind({"a.bias": torch.full((4,), value, dtype=D)}) for value in (1.0, 2.0))
-    with pytest.raises(UnsupportedError, match="several sets of parameters"):
-        per_sample_grad(lambda p, x, y: one(p, x, y) + other(p, x, y))(one.params, X, Y)
+    found = per_sample_grad(lambda p, x, y: one(p, x, y) + other(p, x, y))(one.params, X, Y)
+    single = [per_sample_grad(fn)(one.params, X, Y) for fn in (one, other)]
+    torch.testing.assert_close(found, {k: single[0][k] + single[1][k] for k in found})
+
+
+@pytest.mark.parametrize("kind", ["tensor", "node"])
+def test_derivatives_of_inputs_where_all_parameters_are_bound(kind: str) -> None:
+    model = Looks(kind).double()
+    bound = {name: p.detach() + 0.5 for name, p in model.named_parameters()}
+    loss = functional(model, F.cross_entropy).bind(bound)
+    found = per_sample_grad(loss, argnums=1, in_dims=(None, 0, 0))({}, X, Y)
+    load_back(model, bound)
+    for i in range(N):
+        x = X[i : i + 1].clone().requires_grad_()
+        torch.testing.assert_close(found[i], torch.autograd.grad(F.cross_entropy(model(x), Y[i : i + 1]), x)[0][0])
+
+
+def test_a_derivative_of_the_functions_own() -> None:
+    """A gradient penalty: the hook runs in a backward pass that is not the transform's."""
+    model = Looks("tensor").double()
+    loss = functional(model, F.cross_entropy)
+
+    def penalty(p: Any, x: Tensor, y: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(p, x, y), x, create_graph=True)[0].square().sum()
+
+    params = {name: p + 0.5 for name, p in loss.params.items()}
+    found = per_sample_grad(penalty)(params, X, Y)
+    truth = copy.deepcopy(model)
+    load_back(truth, params)
+    for i in range(N):
+        x = X[i : i + 1].clone().requires_grad_()
+        own = torch.autograd.grad(F.cross_entropy(truth(x), Y[i : i + 1]), x, create_graph=True)[0].square().sum()
+        expected = torch.autograd.grad(own, list(truth.parameters()), materialize_grads=True)
+        torch.testing.assert_close([g[i] for g in found.values()], list(expected))
 
 
 def test_nothing_of_a_call_outlives_it() -> None:
