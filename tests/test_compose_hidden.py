@@ -377,7 +377,6 @@ LISTS = {
     "lists": lambda h, g, a, b: torch._foreach_addcmul_([h, g], [a, b], [b, a], [2.0, 3.0]),
     "scalars": lambda h, g, a, b: torch._foreach_mul_([h, g], [2.0, 3.0]),
     "nothing": lambda h, g, a, b: torch._foreach_exp_([h, g]),
-    "in turn": lambda h, g, a, b: torch._foreach_add_([h, g], [g, h]),
 }
 
 
@@ -391,3 +390,21 @@ def test_writes_into_lists(name: str) -> None:
     torch.testing.assert_close(per_sample_grad(fn)(W, X), by_loop(fn, W, X))
     expected = derivative(lambda w: (by_loop(fn, w, X, create_graph=True) * OUTSIDE).sum(), W)
     torch.testing.assert_close(grad(lambda w: (per_sample_grad(fn)(w, X) * OUTSIDE).sum())(W), expected)
+
+
+def test_writes_into_lists_that_meet_come_in_turn() -> None:
+    """As their values do; autograd has the derivative of both at once (torch 2.13)."""
+
+    def by_lists(w: Tensor, x: Tensor) -> Tensor:
+        h, g = x @ w, (x * 2) @ w.cos()
+        torch._foreach_add_([h, g], [g, h])
+        return (h * g).tanh().sum()
+
+    def one_by_one(w: Tensor, x: Tensor) -> Tensor:
+        h, g = x @ w, (x * 2) @ w.cos()
+        h.add_(g)
+        g.add_(h)
+        return (h * g).tanh().sum()
+
+    torch.testing.assert_close(by_lists(W, X[0]), one_by_one(W, X[0]))
+    torch.testing.assert_close(per_sample_grad(by_lists)(W, X), by_loop(one_by_one, W, X))
