@@ -6,6 +6,7 @@ By functorch's vmap, or sample by sample where vmap has no rule either. Its call
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch._ops import OpOverload
 
 from per_sample._batched import context_of, is_batched, wrap
 from per_sample._errors import RandomnessError
+from per_sample._keys import all_keys
 from per_sample._values import agreed
 
 if TYPE_CHECKING:
@@ -98,5 +100,11 @@ def _stacked(op: OpOverload, ctx: Context, rows: list[tuple[Tensor, ...]], found
 
 def shared_draw(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: Context) -> Any:
     """A random op none of whose arguments differs between samples, drawn for each sample as vmap draws it."""
-    out = torch.vmap(lambda _: op(*args, **kwargs), randomness=ctx.randomness)(torch.empty(ctx.n))
+    with ExitStack() as context:
+        if ctx.caller is not None:
+            context.enter_context(ctx.caller())
+        else:
+            context.enter_context(all_keys())
+            context.enter_context(torch.no_grad())
+        out = torch.vmap(lambda _: op(*args, **kwargs), randomness=ctx.randomness)(torch.empty(ctx.n))
     return pytree.tree_map(lambda x: wrap(ctx, x), out)

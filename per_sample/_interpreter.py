@@ -244,8 +244,7 @@ def _run_shared(ctx: Context, entry: Entry, func: Any, args: Any, values: list[A
         if any(type(v) is Batched and v.ctx is ctx for v in values):
             return _run(ctx, entry, func, args, values, kwargs)
         _guards.check_shared_draw(ctx, func, entry.writes, values)
-        with all_keys(), torch.no_grad():
-            return _fallback.shared_draw(func, tuple(values), kwargs, ctx)
+        return _fallback.shared_draw(func, tuple(values), kwargs, ctx)
     if not lifted:
         # Plain tensors of the caller's: autograd has seen them where they live.
         if entry.writes:

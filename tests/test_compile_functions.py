@@ -183,6 +183,14 @@ def test_dropout_of_what_the_samples_share() -> None:
     assert dropped.any()
     assert not torch.equal(dropped[0], dropped[1])
 
+    def squared(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ nn.functional.dropout(w, 0.5)).square().sum() / 8
+
+    # One number of each column at most is left of this x: the derivative of the gradient is that of `x^2 w^2` where it was not dropped.
+    w, x = W.clone().requires_grad_(), torch.eye(3, dtype=D)
+    found = torch.compile(lambda w, x: per_sample_grad(squared, randomness="different")(w, x), fullgraph=True, backend="aot_eager")(w, x)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), w)[0], (found != 0).to(D).sum(0))
+
 
 BELOW = {
     "grad": lambda w, x: (grad(lambda q: Scaled.apply(q @ w, 1.5).sum())(x) ** 2).sum(),
