@@ -695,7 +695,7 @@ def main():
     folder = Path(sys.argv[1])
     only = sys.argv[2:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     with (folder / f"rank{rank()}.jsonl").open("w") as file:
         for name, check in list(globals().items()):
             if name.startswith("check_") and (not only or name in only):
