@@ -113,7 +113,8 @@ class _Runner(torch.fx.Interpreter):
             self.over = True
             loss, leaves, _ = args
             with torch.enable_grad():
-                return [LeafGrads(factor, functional=True) for factor in differentiate(loss, leaves, self.ctx, retain_graph=True)]
+                factors = differentiate(loss, leaves, self.ctx, retain_graph=True)
+            return [LeafGrads(factor, functional=True) for factor in factors]
         if packet is ops.ask:
             return self._tail(answered, args, kwargs)
         if target is _GET_DATA:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -110,20 +110,19 @@ class ModuleFunction:
     def params(self) -> dict[str, Tensor]:
         """The trainable parameters by name, detached: those that require grad. They share the module's memory, so that what an optimizer
         writes into the module shows in them; nothing here writes into them."""
-        with turn():
-            return {name: _detached(name, p) for name, p in self._named() if p.requires_grad and name not in self._bound}
+        return {name: _detached(name, p) for name, p in self._trainable().items()}
 
     @property
     def frozen(self) -> dict[str, Tensor]:
         """The parameters by name that do not require grad, or are bound: they are held fixed."""
-        with turn():
-            return {name: self._bound.get(name, p.detach()) for name, p in self._named() if name in self._bound or not p.requires_grad}
+        return {name: self._bound.get(name, p.detach()) for name, p in self._named() if name in self._bound or not p.requires_grad}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by name, all samples' own."""
         with turn():
-            return {name: self._bound.get(name, b) for name, b in self.module.named_buffers()}
+            named = list(self.module.named_buffers())
+        return {name: self._bound.get(name, b) for name, b in named}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> ModuleFunction:
         """Hold some parameters or buffers fixed at other values.
@@ -184,8 +183,13 @@ class ModuleFunction:
     def __repr__(self) -> str:
         return f"ModuleFunction({type(self.module).__name__}, {len(list(self.module.parameters()))} parameters)"
 
-    def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return resharded(self.module).named_parameters()
+    # What dynamo traces has no comprehension inside a `with`: since Python 3.13 it loses count of the blocks there.
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        with turn():
+            return list(resharded(self.module).named_parameters())
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._named() if p.requires_grad and name not in self._bound}
 
     def _output(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
         if torch.compiler.is_dynamo_compiling():
@@ -224,8 +228,8 @@ class ModuleFunction:
             found = f"a tensor of shape {list(params.shape)}" if isinstance(params, Tensor) else type(params).__name__
             raise ArgumentError(f"The first argument is the parameters by name, such as `loss.params`; got {found}.")
         # A function mode around the transform's caller would show the parameters in a form of its own.
-        with turn(), torch._C.DisableTorchFunction():
-            own = {name for name, p in self._named() if p.requires_grad and name not in self._bound}
+        with torch._C.DisableTorchFunction():
+            own = self._trainable().keys()
         if params.keys() != own:
             missing, unknown = few(own - params.keys()), few(params.keys() - own)
             raise ArgumentError(

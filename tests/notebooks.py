@@ -79,7 +79,10 @@ def _environment(directory: str) -> dict[str, str]:
     assert spec is not None
     assert spec.origin is not None
     paths = [str(Path(spec.origin).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "IPYTHONDIR": directory, "MPLCONFIGDIR": directory}
+    # As in `pyproject.toml`: forward mode of torch 2.15 uses what torch has deprecated.
+    ignored = "ignore:`torch.jit.script` is deprecated:FutureWarning"
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONWARNINGS": ignored}
+    return os.environ | found | {"IPYTHONDIR": directory, "MPLCONFIGDIR": directory}
 
 
 def errors(notebook: NotebookNode) -> Iterator[str]:

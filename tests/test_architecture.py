@@ -68,6 +68,9 @@ FORBIDDEN = {
     "rules": {"_interpreter", "_run", "transforms"},
 }
 
+# What the compiler reads, beside the transforms.
+TRACED = {"_arguments", "_compile", "_evaluate", "_torch_trees", "_weighing", "modules"}
+
 
 def module_name(path: Path) -> str:
     parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -159,6 +162,21 @@ def test_files_are_small_and_named_for_what_they_hold(module: str) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
     assert lines <= MAX_LINES
     assert path.stem not in {"utils", "util", "helpers", "misc", "common"}
+
+
+def comprehensions(node: ast.AST) -> set[int]:
+    """The lines with a comprehension that runs in the frame of what is around it."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.GeneratorExp)):
+        return set()
+    own = {node.lineno} if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp)) else set()
+    return own.union(*map(comprehensions, ast.iter_child_nodes(node)))
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module in TRACED or module.startswith("transforms.")])
+def test_what_dynamo_traces_has_no_comprehension_inside_a_block(module: str) -> None:
+    # It loses count of the blocks there, with Python 3.13.
+    blocks = [node for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))) if isinstance(node, (ast.With, ast.Try))]
+    assert not {line for block in blocks for line in comprehensions(block)}
 
 
 def test_the_package_is_marked_as_typed() -> None:
