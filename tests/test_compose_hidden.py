@@ -377,6 +377,10 @@ LISTS = {
     "lists": lambda h, g, a, b: torch._foreach_addcmul_([h, g], [a, b], [b, a], [2.0, 3.0]),
     "scalars": lambda h, g, a, b: torch._foreach_mul_([h, g], [2.0, 3.0]),
     "nothing": lambda h, g, a, b: torch._foreach_exp_([h, g]),
+    "names": lambda h, g, a, b: torch._foreach_addcdiv_([h, g], tensor2=[a.exp(), b.exp()], tensor1=[b, a], value=0.5),
+    "names of numbers": lambda h, g, a, b: torch._foreach_addcmul_(self=[h, g], tensor2=[a, b], tensor1=[b, a], scalars=[2.0, 3.0]),
+    "weight": lambda h, g, a, b: torch._foreach_lerp_([h, g], weight=0.3, tensors1=[a, b]),
+    "bounds": lambda h, g, a, b: torch._foreach_maximum_([h, g], [a, b]),
 }
 
 
@@ -390,6 +394,28 @@ def test_writes_into_lists(name: str) -> None:
     torch.testing.assert_close(per_sample_grad(fn)(W, X), by_loop(fn, W, X))
     expected = derivative(lambda w: (by_loop(fn, w, X, create_graph=True) * OUTSIDE).sum(), W)
     torch.testing.assert_close(grad(lambda w: (per_sample_grad(fn)(w, X) * OUTSIDE).sum())(W), expected)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda h, a: torch._foreach_add_([h], [a, a]),
+        lambda h, a: torch._foreach_mul_([h], [2.0, 3.0]),
+        lambda h, a: torch._foreach_add_([h], a),
+        lambda h, a: torch._foreach_add_([], 1.0),
+    ],
+    ids=["tensors", "numbers", "a vector", "nothing"],
+)
+def test_lists_that_do_not_fit_are_refused_as_by_torch(write: Any) -> None:
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        h = x @ w
+        write(h, x @ w)
+        return h.sum()
+
+    with pytest.raises(RuntimeError):
+        fn(W, X[0])
+    with pytest.raises(RuntimeError):
+        per_sample_grad(fn)(W, X)
 
 
 def test_writes_into_lists_that_meet_come_in_turn() -> None:
