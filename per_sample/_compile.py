@@ -47,8 +47,9 @@ class PerSample(BaseHOP):
         if not isinstance(subgraph, torch.fx.GraphModule):
             raise DataDependentError(
                 "torch.compile could not trace `fn` in one piece; the usual reason is that it asks for the Python value of a per-sample "
-                "tensor (a branch, `.item()`, `x[i]`): write `torch.where`. It refuses `nn.LSTM` and the like, too: call `torch.lstm` "
-                "with the parameters. `fullgraph=True` says where. Or leave the transform uncompiled."
+                "tensor (a branch, `.item()`, `x[i]`): write `torch.where`. Nor may it print, log, warn, or write into what is outside. "
+                "It refuses `nn.LSTM` and the like, too: call `torch.lstm` with the parameters. `fullgraph=True` says where. Or leave the "
+                "transform uncompiled."
             )
         tensors = [x for x in operands if isinstance(x, Tensor)]
         n = _batch_size(subgraph, operands)

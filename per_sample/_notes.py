@@ -29,7 +29,7 @@ def add_notes(err: Exception, fn: Any, args: tuple[Any, ...], n: int) -> None:
             f"per_sample ran `{calls[-1]['func']}` for {n} samples at once, so that the message may show shapes of the whole batch. One "
             f"sample's tensors have the shapes {shapes}."
         )
-    elif isinstance(err, (RuntimeError, IndexError, ValueError)):
+    elif isinstance(err, (RuntimeError, IndexError, ValueError)) and not getattr(fn, "keep_batch_dim", False):
         own = _shapes([x for x in pytree.tree_leaves(args) if type(x) is Batched and not x.shared])
         err.add_note(
             f"`fn` sees ONE sample, without a batch axis (see `functional`, and `keep_batch_dim`): its tensors have the shapes {own}."
