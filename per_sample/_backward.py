@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
-from per_sample._batched import Batched, Context, storage_of, wrap_shared
+from per_sample._batched import Batched, Context, storage_of, wrap, wrap_shared
 from per_sample._caller import Restart, refuse_custom_nodes
 from per_sample._errors import UnsupportedError, UnusedArgumentWarning
 from per_sample._factors import Dense, Factor
@@ -31,16 +30,6 @@ Reduce = Callable[[int, Any, bool], Any]
 
 # Below so many numbers the factors of all leaves wait until the backward pass is over: hooks would take more time than the memory is worth.
 LARGE = 2**18
-
-
-@contextmanager
-def exchanged(ctx: Context) -> Iterator[None]:
-    """Modules have the tensors of the call for its backward pass, too: custom functions may call them or look at them."""
-    unclear = set().union(*(one.differences(other) for one, other in itertools.combinations(ctx.again, 2)))
-    with ExitStack() as context:
-        for exchange in ctx.again:
-            context.enter_context(exchange.held(unclear))
-        yield
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -175,11 +164,23 @@ def _gradients(loss: Tensor, targets: list[Tensor], ctx: Context, retain_graph: 
 
 def _accumulated(loss: Tensor, targets: list[Tensor], retain_graph: bool) -> list[Tensor | None]:
     """Reentrant checkpoints differentiate inside the backward pass, and only ``backward`` has room for what they find."""
+    # Autograd writes later contributions into the first one, of which there must be no views.
+    hooks = [target.register_hook(_alone) for target in targets]
     torch.autograd.backward(loss, retain_graph=retain_graph)
+    for hook in hooks:
+        hook.remove()
     found = [target.grad for target in targets]
     for target in targets:
         target.grad = None
     return found
+
+
+def _alone(grad: Tensor) -> Tensor:
+    """A gradient with memory of its own."""
+    if type(grad) is not Batched or grad.shared:
+        return grad
+    with outside(), nullcontext() if grad.ctx.caller is None else grad.ctx.caller(in_dispatch=False):
+        return wrap(grad.ctx, grad.physical.clone())
 
 
 def _factor(grad: Tensor | None, target: Tensor, ctx: Context) -> Factor:

@@ -54,7 +54,7 @@ class Context:
     copies: int = 0
     # Every sample gets its own of the tensors that the program makes: from nothing (1), or from shared ones, too (2).
     expands: int = 0
-    # What is not differentiated does not require grad, even where the caller records it: the program writes into it.
+    # Arguments that are not differentiated, but recorded by the caller, are no leaves: the program writes into them.
     constants: int = 0
     # All tensors of the transforms around are known, not only those that the function was seen to reach.
     scans: int = 0
@@ -80,8 +80,8 @@ class Context:
     reduced: list[StorageWeakRef] = field(default_factory=list)
     # Storages of plain tensors made inside the function.
     born: set[int | None] = field(default_factory=set)
-    # What holds once more for the backward pass: modules have the tensors of this call (``Exchange``).
-    again: list[Any] = field(default_factory=list)
+    # What holds once more for the backward pass: modules have the tensors of this call (each an ``Exchange``, by what it exchanges).
+    again: dict[Any, Any] = field(default_factory=dict)
     # The tensors of modules that have others for this call, by id.
     replaced: dict[int, str] = field(default_factory=dict)
     # Factored values not yet materialised, by id: an in-place op must not change their operands. Nobody asks for those that have died.

@@ -44,7 +44,7 @@ class Restart(BaseException):
     ``copies``: the program writes in place into its arguments, which it must get as copies (see ``Context``).
     ``expands``: it writes a per-sample value into a tensor of its own making, which every sample must get for itself (see ``Context``).
     ``functions``: some of its calls have to be caught before the dispatcher sees them.
-    ``constants``: it writes into what is not differentiated, but recorded by the caller.
+    ``constants``: it writes into arguments that are not differentiated, but recorded by the caller.
     ``scans``: it has a tensor of which only a list of all can tell to which transform it belongs.
     ``accumulates``: it holds a reentrant checkpoint, which wants `backward` instead of `autograd.grad`.
     ``groups``: samples (their numbers) that have to run apart.
@@ -283,7 +283,7 @@ class CallerMode(TorchFunctionMode):
                 # Outside of the transforms of the program's own, which would not have it.
                 lifted = wrap_shared(self.ctx, x)
                 with temporarily_clear_interpreter_stack():
-                    lifted.requires_grad_(recorded and not self.ctx.constants)
+                    lifted.requires_grad_(recorded)
                 self.lifted[id(x)] = (x, lifted)
                 caller.differentiates |= recorded
                 caller.closed_over |= x.requires_grad and x.grad_fn is None
@@ -304,10 +304,12 @@ class CallerMode(TorchFunctionMode):
         """Whether a wrapper that is in use below a transform of the program's own is not of that one: it was there before the program."""
         if self.ctx.scans:
             return False
-        base = x
+        base, constant = x, True
         while _functorch.is_functorch_wrapped_tensor(base):
+            # The transforms around may have one of the same memory, which is none to them.
+            constant &= not (_functorch.is_batchedtensor(base) or base.requires_grad)
             base = _functorch.get_unwrapped(base)
         own = type(base) is Batched and base.ctx.depth >= self.ctx.depth
-        if own or storage_of(base) in self.ctx.born or storage_of(base) in self.captured.storages:
+        if own or storage_of(base) in self.ctx.born or (constant and storage_of(base) in self.captured.storages):
             return False
         raise Restart(self.ctx, scans=1)

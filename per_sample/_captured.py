@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from contextlib import suppress
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -39,7 +40,9 @@ def reached(fn: Any) -> Reached:
             else:
                 found.storages.add(storage_of(x))
         else:
-            waiting += _within(x)
+            # An object may have its own ideas of what it holds; the list of all is behind this.
+            with suppress(Exception):
+                waiting += _within(x)
     return found
 
 

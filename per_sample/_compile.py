@@ -106,7 +106,7 @@ class _Runner(torch.fx.Interpreter):
         packet = getattr(target, "overloadpacket", target)
         if packet in (ops.sample, ops.leaf):
             x, dim = args
-            value = lift(x.physical, None if dim < 0 else dim, self.ctx)
+            value = lift(x.physical, None if dim < 0 else dim, self.ctx, diff=packet is ops.leaf)
             return value.requires_grad_() if packet is ops.leaf else value
         if packet is ops.read_out:
             return _ReadOut(args[0])

@@ -6,7 +6,7 @@ nobody asks for the single ops (no transform around this one, no mode of the pro
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +46,30 @@ def _note_replaced(op: OpOverload) -> None:
 on_change(_note_replaced)
 
 
+@contextmanager
+def exchanged(ctx: Context) -> Iterator[None]:
+    """Modules have the tensors of the call for its backward pass, too: custom functions may call them or look at them."""
+    exchanges = ctx.again.values()
+    keys = {key for exchange in exchanges for key in exchange.news}
+    # Where they have been called with different tensors; a module's own, where it has no other, is one more.
+    unclear = {key for key in keys if len({id(x.news.get(key)) for x in exchanges if key[0] in x.tables}) > 1}
+    with ExitStack() as context:
+        for exchange in exchanges:
+            context.enter_context(exchange.held(unclear))
+        yield
+
+
+# A backward pass of the program's own, in which modules have the tensors of their calls, too.
+_BACKWARD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+
+
 class CompositeMode(TorchFunctionMode):
     """Catches functions before torch takes them apart."""
 
-    def __init__(self, table: dict[Any, Callable[..., Any]]) -> None:
+    def __init__(self, ctx: Context) -> None:
         super().__init__()
-        self.table = table
+        self.ctx = ctx
+        self.table = LISTS if ctx.functional else COMPOSITES
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         composite = self.table.get(func)
@@ -59,13 +77,16 @@ class CompositeMode(TorchFunctionMode):
             out = composite(*args, **(kwargs or {}))
             if out is not NotImplemented:
                 return out
+        if func in _BACKWARD and self.ctx.again:
+            with exchanged(self.ctx):
+                return func(*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
 @contextmanager
 def composites(ctx: Context) -> Iterator[None]:
     """Where the program runs, so that its functions are caught; modes that it leaves open stay open."""
-    own = CompositeMode(LISTS if ctx.functional else COMPOSITES)
+    own = CompositeMode(ctx)
     overrides._push_mode(own)
     try:
         yield

@@ -160,7 +160,7 @@ def _check_write(ctx: Context, func: Any, arg: Tensor, target: Tensor, values: l
 def check_shared_draw(ctx: Context, func: Any, writes: tuple[int, ...], values: list[Any]) -> None:
     """A shared tensor cannot be filled with different numbers for each sample: each gets its own of one that the program has made."""
     if writes:
-        made_inside = all(isinstance(values[i], Tensor) and storage_of(values[i]) in ctx.born for i in writes)
+        made_inside = all(i < len(values) and isinstance(values[i], Tensor) and storage_of(values[i]) in ctx.born for i in writes)
         if made_inside and ctx.expands < 2:
             raise Restart(ctx, expands=ctx.expands + 1)
         raise RandomnessError(

@@ -6,19 +6,19 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from per_sample import _trees as trees
 from per_sample._arguments import hides_tensors
-from per_sample._backward import Reduced, by_output, differentiate, exchanged, read_out
+from per_sample._backward import Reduced, by_output, differentiate, read_out
 from per_sample._batched import Batched, Context, is_recorded, wrap, wrap_shared
 from per_sample._caller import Restart
-from per_sample._composites import composites
+from per_sample._composites import composites, exchanged
 from per_sample._containers import open_tree
-from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, UnsupportedError
+from per_sample._errors import ArgumentError, BatchNormError, DataDependentError, NotScalarError, SharedWriteError, UnsupportedError
 from per_sample._guards import refuse_escaped
 from per_sample._notes import add_notes
 from per_sample._surroundings import in_context
@@ -109,8 +109,13 @@ def _call(ctx: Context, fn: Callable[..., Any], args: Any, kwargs: dict[str, Any
     except Exception as err:
         if not ctx.functions and _came_from_control_flow(err):
             raise Restart(ctx, functions=True) from err
-        if not ctx.constants and ctx.caller is not None and "leaf Variable that requires grad is being used in an in-place" in str(err):
-            raise Restart(ctx, constants=1) from err
+        if ctx.caller is not None and "leaf Variable that requires grad is being used in an in-place" in str(err):
+            if not ctx.constants:
+                raise Restart(ctx, constants=1) from err
+            raise SharedWriteError(
+                "The function would change what is differentiated, or a tensor from outside, in place; inputs are never modified. Write "
+                "into a copy: `x = x.clone()` first."
+            ) from err
         if ctx.empty and isinstance(err, (IndexError, torch.linalg.LinAlgError)):  # type: ignore[attr-defined]
             # An index or a matrix of zeros that no sample has.
             raise Restart(ctx, groups=[]) from err
@@ -165,7 +170,7 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
             # What is written into one argument shows in the other.
             inputs.append(known[id(leaf), dim])
             continue
-        lifted = lift(leaf, dim, ctx)
+        lifted = lift(leaf, dim, ctx, diff=diff)
         if diff:
             targets.append(lifted.requires_grad_())
         inputs.append(lifted.unsqueeze(0) if dim is not None and keep_batch_dim else lifted)
@@ -175,7 +180,7 @@ def _lift(arguments: Arguments, leaves: list[Any], ctx: Context, keep_batch_dim:
     return inputs, targets
 
 
-def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
+def lift(leaf: Tensor, dim: int | None, ctx: Context, *, diff: bool = False) -> Batched:
     """A tensor of the caller's as the program sees it; ``dim`` is its sample axis, None where the samples share it."""
     if type(leaf) is Batched and (leaf.ctx.closed or ctx.caller is None):
         refuse_escaped("An argument of a transform")
@@ -192,11 +197,14 @@ def lift(leaf: Tensor, dim: int | None, ctx: Context) -> Batched:
     finally:
         ctx.expands = expands
     with nullcontext() if ctx.caller is None else torch._C.DisableTorchFunction():
-        lifted = wrap_shared(ctx, value) if dim is None and ctx.copies < 3 else wrap(ctx, value)
+        lifted: Any = wrap_shared(ctx, value) if dim is None and ctx.copies < 3 else wrap(ctx, value)
         # As where it comes from: `torch.autograd.functional` detaches what does not require grad, and the caller would lose a derivative.
-        if ctx.caller is not None and ctx.grad_mode and not ctx.constants and is_recorded(value):
+        if not diff and ctx.caller is not None and ctx.grad_mode and is_recorded(value):
             lifted.requires_grad_()
-        return lifted
+            if ctx.constants:
+                with torch.enable_grad():
+                    lifted = lifted.clone()  # no leaf, so that the program may write into it
+        return cast("Batched", lifted)
 
 
 def _bare(leaf: Tensor) -> Tensor:

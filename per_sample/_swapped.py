@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -55,22 +56,24 @@ class Exchange:
         self.places = [Place(table, name, others[id(x)]) for table in tables for name, x in table.items() if id(x) in others]
         self.tables = {id(table) for table in tables}
         self.news = {(id(place.table), place.name): place.new for place in self.places}
-
-    def differences(self, other: Exchange) -> set[tuple[int, str]]:
-        """The places of both modules at which the two have different tensors."""
-        common = (key for key in {*self.news, *other.news} if key[0] in self.tables and key[0] in other.tables)
-        return {key for key in common if self.news.get(key) is not other.news.get(key)}
+        self.key = (id(module), *((*key, id(new)) for key, new in self.news.items()))
 
     @contextmanager
-    def held(self, unclear: Collection[tuple[int, str]] = ()) -> Iterator[None]:
-        """The module with these tensors, for the time of a backward pass; at places that are ``unclear`` with none that can be used."""
-        places = [place._replace(new=_UNCLEAR) if (id(place.table), place.name) in unclear else place for place in self.places]
-        with TURN, _exchanged(self.module, places) as assigned:
+    def turn(self) -> Iterator[None]:
+        """This thread's turn, of which the engine's threads make use."""
+        with TURN:
             _HELD.append(self)
             try:
                 yield
             finally:
                 _HELD.remove(self)
+
+    @contextmanager
+    def held(self, unclear: Collection[tuple[int, str]] = ()) -> Iterator[None]:
+        """The module with these tensors, for the time of a backward pass; at places that are ``unclear`` with none that can be used."""
+        places = [place._replace(new=_UNCLEAR) if (id(place.table), place.name) in unclear else place for place in self.places]
+        with self.turn(), _exchanged(self.module, places) as assigned:
+            yield
         _refuse_assigned(assigned)
 
     @contextmanager
@@ -103,7 +106,7 @@ def _refuse_assigned(assigned: Mapping[str, Any]) -> None:
             )
 
 
-# Those under way in backward passes, for which the thread that waits has the turn.
+# Those under way in calls and backward passes, for which the thread that waits has the turn.
 _HELD: list[Exchange] = []
 
 
@@ -122,19 +125,37 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         exchange = Exchange(module, own, tensors)
         ctx = next((mode.ctx for mode in reversed(_get_current_dispatch_mode_stack()) if isinstance(mode, Interpreter)), None)
         if ctx is None:
-            with exchange.watched() as assigned:
+            with exchange.turn(), exchange.watched() as assigned:
                 yield
         else:
-            exchange = next((x for x in ctx.again if x.module is module and not x.differences(exchange)), exchange)
-            if exchange not in ctx.again:
-                ctx.again.append(exchange)
-            replaced, ctx.replaced = ctx.replaced, {**ctx.replaced, **{id(own[name]): name for name in tensors}}
+            exchange = ctx.again.setdefault(exchange.key, exchange)
+            # A per-sample tensor of an enclosing call's is differentiated wherever it is used.
+            others = {id(own[name]): name for name in tensors if type(own[name]) is not Batched}
+            replaced, ctx.replaced = ctx.replaced, {**ctx.replaced, **others}
             try:
-                with exchange.watched() as assigned:
+                with exchange.turn(), exchange.watched() as assigned:
                     yield
             finally:
                 ctx.replaced = replaced
         _refuse_assigned(assigned)
+
+
+def by_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by one name for each place where they stand: torch's own would not put back what a shared submodule had.
+
+    Buffers, too: what is assigned to them is undone.
+    """
+    given = {**dict(module.named_buffers()), **tensors}
+    names = {x: name for name, x in (*module.named_parameters(), *module.named_buffers())}
+    found = {}
+    for prefix, m in module.named_modules():
+        for name, x in (
+            *m.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            *m.named_buffers(prefix, recurse=False, remove_duplicate=False),
+        ):
+            if names[x] in given:
+                found[name] = given[names[x]]
+    return found
 
 
 @contextmanager
@@ -168,7 +189,8 @@ def _forget(now: dict[str, Any], before: dict[str, Any]) -> None:
     """Put back attributes that were made from the tensors, such as a normalised weight or an LSTM's list of weights."""
     for name, value in list(now.items()):
         made = value if isinstance(value, list) else [value]
-        if before.get(name) is not value and any(type(x) is Batched for x in made):
+        # By weak references a recurrent layer knows whether its list is still that of its weights.
+        if before.get(name) is not value and any(type(x() if type(x) is weakref.ref else x) is Batched for x in made):
             if name in before:
                 now[name] = before[name]
             elif not isinstance(value, list):
@@ -217,12 +239,14 @@ class _Again(NamedTuple):
         # On a thread of the engine's own, as for a GPU, the turn is that of the thread which waits for it.
         lock = _ENGINE if self.exchange in _HELD else TURN
         if not lock.acquire(timeout=_SECONDS):
-            raise UnsupportedError("A checkpointed part of a module cannot run again while another thread uses the module.")
+            raise UnsupportedError("A part of a module (a checkpoint, a hook) cannot run again while another thread uses the module.")
         try:
-            with self.exchange.watched():
-                return self.first(*args, **kwargs)
+            with self.exchange.watched() as assigned:
+                out = self.first(*args, **kwargs)
         finally:
             lock.release()
+        _refuse_assigned(assigned)
+        return out
 
 
 def _frame_of(unpack: Any) -> Any:

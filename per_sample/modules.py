@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError, few
 from per_sample._fsdp import resharded
 from per_sample._ranks import is_distributed
-from per_sample._swapped import swapped, turn
+from per_sample._swapped import by_place, swapped, turn
 from per_sample._write_back import check_shapes, state_of
 
 
@@ -193,9 +193,9 @@ class ModuleFunction:
 
     def _output(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            # Buffers too: what is assigned to them is undone.
-            tensors = {**dict(self.module.named_buffers()), **tensors}
-            return functional_call(self._call, {f"module.{name}": x for name, x in tensors.items()}, inputs)
+            return functional_call(
+                self._call, {f"module.{name}": x for name, x in by_place(self.module, tensors).items()}, inputs, tie_weights=False
+            )
         with swapped(self.module, tensors):
             return self._forward(self.module, *inputs)
 

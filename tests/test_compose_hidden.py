@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.func import grad, hessian, jvp, vjp, vmap
 
-from per_sample import UnsupportedError, per_sample_grad, reference
+from per_sample import SharedWriteError, UnsupportedError, per_sample_grad, reference
 
 N, D = 5, torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -434,3 +434,73 @@ def test_writes_into_lists_that_meet_come_in_turn() -> None:
 
     torch.testing.assert_close(by_lists(W, X[0]), one_by_one(W, X[0]))
     torch.testing.assert_close(per_sample_grad(by_lists)(W, X), by_loop(one_by_one, W, X))
+
+
+def _written(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    x.mul_(2.0)
+    return (w * x * jacobian(lambda t: (t * t * w).sum(), y, create_graph=True)).sum()
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_autograds_functional_where_an_argument_is_written_into(closed_over: bool) -> None:
+    """What the caller records requires grad in the function's eyes, also when it begins again."""
+
+    def outer(found: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        x, y = X.clone().requires_grad_(), V.clone().requires_grad_()
+        return torch.autograd.grad((found(x * 1, y * 1) * OUTSIDE[..., 0]).sum(), [x, y])
+
+    def together(x: Tensor, y: Tensor) -> Tensor:
+        if closed_over:
+            return per_sample_grad(lambda w, x: _written(x, y, w))(V, x)
+        return per_sample_grad(lambda w, x, y: _written(x, y, w), in_dims=(None, 0, None))(V, x, y)
+
+    def one_by_one(x: Tensor, y: Tensor) -> Tensor:
+        w = V.clone().requires_grad_()
+        return torch.stack([torch.autograd.grad(_written(row.clone(), y, w), w, create_graph=True)[0] for row in x])
+
+    torch.testing.assert_close(outer(together), outer(one_by_one))
+
+
+def test_a_tensor_from_outside_that_the_caller_records_is_not_written_into() -> None:
+    outside = V.clone().requires_grad_() * 1
+    with pytest.raises(SharedWriteError, match="never modified"):
+        per_sample_grad(lambda w, x: (w * x * outside.mul_(2)).sum())(V, X)
+
+
+class Hides:
+    __slots__ = ("held",)
+
+
+def test_a_wrapper_that_hides_beside_a_plain_tensor_of_its_memory() -> None:
+    hidden = Hides()
+
+    def outer(rows: Callable[[Any], Tensor], t: Tensor) -> Tensor:
+        hidden.held = t
+
+        def fn(w: Tensor, x: Tensor) -> Tensor:
+            return (grad(lambda q: (q * hidden.held).sin().sum())(w * x) * V).sum()
+
+        return rows(fn).square().sum()
+
+    found = grad(functools.partial(outer, lambda fn: per_sample_grad(fn)(V, X)))(V)
+    expected = grad(functools.partial(outer, lambda fn: torch.stack([grad(fn)(V, x) for x in X])))(V)
+    torch.testing.assert_close(found, expected)
+
+
+class NoLength(list[Any]):
+    def __len__(self) -> int:
+        raise ValueError("no length")
+
+    def __iter__(self) -> Any:
+        raise ValueError("no items")
+
+
+def test_odd_objects_that_the_function_reaches_are_not_looked_into() -> None:
+    odd = NoLength()
+
+    def fn(w: Tensor, x: Tensor) -> Tensor:
+        assert odd is not None
+        return grad(lambda q: (q * w).sin().sum())(x).sum()
+
+    found = vmap(lambda w: per_sample_grad(fn)(w, X))(torch.stack([V, 2 * V]))
+    torch.testing.assert_close(found[0], per_sample_grad(fn)(V, X))

@@ -286,6 +286,16 @@ def test_code_for_a_batch_is_told_what_one_sample_looks_like():
     assert note.endswith("shapes [3].")
 
 
+def test_code_of_a_module_that_has_its_batch_axis_is_not():
+    def loss_fn(output, target):
+        raise RuntimeError("mine")
+
+    loss = per_sample.functional(torch.nn.Linear(3, 2), loss_fn)
+    with pytest.raises(RuntimeError, match="mine") as caught:
+        per_sample_grad(loss)(loss.params, torch.ones(4, 3), torch.ones(4, 2))
+    assert not hasattr(caught.value, "__notes__")
+
+
 @pytest.mark.parametrize(
     ("call", "pattern"),
     [

@@ -509,6 +509,30 @@ def test_parameters_can_be_read_in_a_compiled_function() -> None:
     torch.testing.assert_close(step(x, y), per_sample_grad_norm(loss)(loss.params, x, y))
 
 
+class Twice(nn.Module):
+    """One part under two names, and one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(3, 3)
+        self.c = nn.Linear(3, 3)
+        self.c.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).tanh()).tanh())
+
+
+def test_parts_under_two_names_compile() -> None:
+    model = Twice().double()
+    loss = functional(model, F.mse_loss)
+    own = dict(model.named_parameters())
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    step = torch.compile(lambda p, x, y: per_sample_grad(loss)(p, x, y), fullgraph=True, backend="aot_eager")
+    for params in (loss.params, {name: p + 1 for name, p in loss.params.items()}):
+        torch.testing.assert_close(step(params, x, y), per_sample_grad(loss)(params, x, y))
+        assert all(p is own[name] for name, p in model.named_parameters())
+
+
 def test_an_error_in_a_compiled_program_is_itself_and_passes() -> None:
     model, (x, y) = network(), images()
     loss = functional(model, F.cross_entropy)

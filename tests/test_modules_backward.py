@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from per_sample import (
+    SharedWriteError,
     UnsupportedError,
     UnusedArgumentWarning,
     _swapped,
@@ -350,3 +352,115 @@ def test_a_weight_that_is_only_looked_at_is_not() -> None:
 
     loss = functional(Looks().double(), F.cross_entropy)
     assert per_sample_grad_norm(loss)(loss.params, X, Y).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["node", "prehook", "saved"])
+def test_hooks_of_autograds_own_in_a_derivative_of_the_functions_own(kind: str) -> None:
+    model = Looks(kind).double()
+    loss = functional(model, F.cross_entropy)
+
+    def weighed(module: Any, p: Any, x: Tensor, y: Tensor) -> Tensor:
+        """A factor that no derivative goes through, from a backward pass in the middle."""
+        x = x.detach().requires_grad_()
+        own = torch.autograd.grad(module(p, x, y), x)[0]
+        return (own.detach() * x).sum() * module(p, x.detach(), y)
+
+    params = {name: p + 0.5 for name, p in loss.params.items()}
+    found = per_sample_grad(lambda p, x, y: weighed(loss, p, x, y))(params, X, Y)
+    truth = copy.deepcopy(model)
+    load_back(truth, params)
+    for i in range(N):
+        own = weighed(lambda _, x, y: F.cross_entropy(truth(x[None]), y[None]), None, X[i], Y[i])
+        expected = torch.autograd.grad(own, list(truth.parameters()), materialize_grads=True)
+        torch.testing.assert_close([g[i] for g in found.values()], list(expected))
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 5)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+
+        def assign(grad: Tensor) -> None:
+            self.seen = grad.sum()
+
+        if h.requires_grad:
+            h.register_hook(assign)
+        return h
+
+
+def test_what_a_hook_assigns_to_a_buffer_is_refused() -> None:
+    model = Remembers().double()
+    loss = functional(model, F.cross_entropy)
+    with pytest.raises(SharedWriteError, match="its buffer 'seen'"):
+        per_sample_grad(loss)(loss.params, X, Y)
+    assert model.seen == 0
+
+
+def test_a_thread_of_the_engine_may_run_a_hook_during_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_swapped, "_SECONDS", 5)
+
+    class Forces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 1, dtype=D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            h = self.a(x).sin()
+            h.register_hook(lambda grad: 2 * grad)
+            # The engine differentiates on a thread of its own where there is a GPU, and this one waits.
+            with ThreadPoolExecutor(1) as engine:
+                (force,) = engine.submit(torch.autograd.grad, h.sum(), x, create_graph=True).result()
+            return (force.sum() + h.sum()).detach()
+
+    loss = functional(Forces())
+    x = X[0]
+    h = loss.params["a.weight"][0] @ x + loss.params["a.bias"][0]
+    torch.testing.assert_close(loss(loss.params, x), 2 * h.cos() * loss.params["a.weight"].sum() + h.sin())
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_recurrent_layer_that_is_called_twice(layer: Any, checkpoints: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r = layer(3, 2, batch_first=True)
+
+        def core(self, x: Tensor) -> Tensor:
+            return self.r(x)[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.core, x, use_reentrant=False) if checkpoints else self.core(x)
+
+    model = Model().double()
+    x, y = torch.randn(N, 5, 3, dtype=D), torch.randn(N, 5, 2, dtype=D)
+    loss = functional(model, F.mse_loss)
+    params = {name: p + 0.5 for name, p in loss.params.items()}
+    found = per_sample_grad(lambda p, x, y: loss(p, x, y) + loss(p, 2 * x, y))(params, x, y)
+    load_back(model, params)
+    for i in range(N):
+        own = F.mse_loss(model(x[i : i + 1]), y[i : i + 1]) + F.mse_loss(model(2 * x[i : i + 1]), y[i : i + 1])
+        torch.testing.assert_close([g[i] for g in found.values()], list(torch.autograd.grad(own, list(model.parameters()))))
+
+
+def test_a_layer_in_a_reentrant_checkpoint_and_outside_of_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.a, self.a(x).tanh(), use_reentrant=True)
+
+    model = Model().double()
+    loss = functional(model, F.cross_entropy)
+    found = per_sample_grad(loss)(loss.params, X, Y % 3)
+    for i in range(N):
+        model.zero_grad()
+        F.cross_entropy(model(X[i : i + 1]), Y[i : i + 1] % 3).backward()
+        torch.testing.assert_close([g[i] for g in found.values()], [p.grad for p in model.parameters()])

@@ -123,3 +123,13 @@ def test_noise_that_is_filled_inside_enters_the_gradient():
     grads, e = per_sample_grad(loss, has_aux=True, randomness="different")(w, x)
     assert len(set(e.tolist())) == 4
     torch.testing.assert_close(grads, 2 * (x * w + e * (x * w).exp()) * (x + e * x * (x * w).exp()))
+
+
+def test_numbers_drawn_into_a_shared_tensor_by_name_are_refused() -> None:
+    out = torch.zeros(3)
+
+    def fn(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (w * x * torch.normal(torch.zeros(3), torch.ones(3), out=out)).sum()
+
+    with pytest.raises(RandomnessError):
+        per_sample_grad(fn, randomness="different")(torch.ones(3), torch.ones(4, 3))
