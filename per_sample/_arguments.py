@@ -144,7 +144,8 @@ def _check_dim(leaf: Any, dim: int | None, i: int, args: tuple[Any, ...]) -> int
             f"Argument {i} has a tensor of shape {list(leaf.shape)}, which has no axis {dim} to batch over. Give it a sample axis, or "
             f"share it between samples with None in `in_dims`.{inside}"
         )
-    return dim % leaf.dim()
+    # A number, also where dynamo takes it for a symbolic one.
+    return next(axis for axis in range(leaf.dim()) if axis == dim % leaf.dim())
 
 
 def _check_layout(leaf: Tensor, needed: bool, i: int) -> None:

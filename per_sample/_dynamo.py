@@ -10,6 +10,7 @@ import torch
 def prepare() -> None:
     """Called while dynamo traces, before each quantity."""
     _share_numbers()
+    _allow_views()
     _refuse_custom_functions_below_transforms()
 
 
@@ -34,6 +35,16 @@ def _share_numbers() -> None:
         return create(kind, target, args, kwargs, *rest, **options)
 
     graph.create_proxy = shared  # type: ignore[method-assign]
+
+
+def _allow_views() -> None:
+    """Arguments may be views of one tensor, such as tokens and the next ones: the subgraph is never run as one op, nor writes into them."""
+    from torch._dynamo.variables.higher_order_ops import BaseHOPVariable, _hop_name_to_variable_class
+
+    class PerSampleVariable(BaseHOPVariable):
+        supports_aliasing = True
+
+    _hop_name_to_variable_class.setdefault("per_sample", PerSampleVariable)
 
 
 def _refuse_custom_functions_below_transforms() -> None:

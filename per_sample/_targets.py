@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,9 +143,17 @@ class Targets:
 def _misfit(prefix: Any, own: Any, err: ValueError) -> str:
     """Where the two differ."""
     if isinstance(prefix, dict) and isinstance(own, dict):
-        missing, unknown = ([key for key in a if key not in b] for a, b in ((own, prefix), (prefix, own)))
-        if missing or unknown:
-            return f": nothing for {few(missing)}, not among its keys {few(unknown)}"
+        names = [str(name) for name in own]
+        # By key, or by the name of a module.
+        covers = {str(key): [name for name in names if name == str(key) or name.startswith(f"{key}.")] for key in prefix}
+        counts = Counter(name for covered in covers.values() for name in covered)
+        wrong = {
+            "nothing for": [name for name in names if not counts[name]],
+            "more than one entry for": [name for name in names if counts[name] > 1],
+            "not among its keys": [key for key, covered in covers.items() if not covered],
+        }
+        if any(wrong.values()):
+            return ": " + ", ".join(f"{words} {few(found)}" for words, found in wrong.items() if found)
     if type(prefix) is not type(own):
         return f": it is a {type(prefix).__name__}, the argument a {type(own).__name__}"
     return f": {str(err)[:200]}"

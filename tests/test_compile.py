@@ -186,3 +186,31 @@ def test_inside_itself():
         return per_sample_grad(outer)(p, x, y)
 
     torch.testing.assert_close(compiled(plain)(params(), *data(4)), plain(params(), *data(4)))
+
+
+def test_arguments_that_are_views_of_one_tensor():
+    """Tokens and the next ones; parameters cut from one vector."""
+    flat, tokens = torch.randn(40, dtype=torch.float64), torch.randint(5, (4, 8))
+    params = {"embedding": flat[:20].view(5, 4), "out": flat[20:].view(5, 4)}
+
+    def of_tokens(params, x, y):
+        return F.cross_entropy(F.embedding(x, params["embedding"]) @ params["out"].T, y)
+
+    batch = tokens[:, :-1], tokens[:, 1:]
+    step = torch.compile(lambda p, x, y: per_sample_grad(of_tokens)(p, x, y), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(params, *batch), per_sample_grad(of_tokens)(params, *batch))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"in_dims": (None, 1, -1)}, {"in_dims": (0, 1, -1)}, {"in_dims": (None, 1, -1), "argnums": 1}],
+    ids=["shared", "own", "argnums"],
+)
+def test_numbers_of_axes_where_all_numbers_are_left_open(options):
+    def of_axes(w, x, y):
+        return ((w * x).sum() * y).sin().sum()
+
+    w = torch.randn(4, 3, dtype=torch.float64)
+    args = w if options["in_dims"][0] == 0 else w[0], torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    found = torch.compile(per_sample_grad(of_axes, **options), fullgraph=True, dynamic=True, backend="aot_eager")(*args)
+    torch.testing.assert_close(found, per_sample_grad(of_axes, **options)(*args))

@@ -286,6 +286,12 @@ def test_code_for_a_batch_is_told_what_one_sample_looks_like():
     assert note.endswith("shapes [3].")
 
 
+def grouped(bounds):
+    """Clipped by groups of the parameters ``a.0``, ``a.1`` and ``b``."""
+    params = {"a.0": W, "a.1": 2 * W, "b": 3 * W}
+    return per_sample.clipped_grad(lambda p, x: sum((w @ x).sum() for w in p.values()), bounds)(params, X)
+
+
 def test_code_of_a_module_that_has_its_batch_axis_is_not():
     def loss_fn(output, target):
         raise RuntimeError("mine")
@@ -301,6 +307,9 @@ def test_code_of_a_module_that_has_its_batch_axis_is_not():
     [
         (lambda: per_sample_grad(linear_loss, {"w": W}), "got a dict. The function's own arguments go to"),
         (lambda: per_sample.clipped_grad(lambda p, x: (p["a"] @ x).sum(), {"b": 1.0})({"a": W}, X), r"nothing for \['a'\].*\['b'\]\.$"),
+        (lambda: grouped({"a": 1.0}), r"structure: nothing for \['b'\]\.$"),
+        (lambda: grouped({"a": 1.0, "b": 1.0, "c": 1.0}), r"structure: not among its keys \['c'\]\.$"),
+        (lambda: grouped({"a": 1.0, "a.0": 1.0, "b": 1.0}), r"structure: more than one entry for \['a.0'\]\.$"),
         (lambda: per_sample.clipped_grad(lambda p, x: (p["a"] @ x).sum(), [1.0])({"a": W}, X), r"it is a list, the argument a dict\.$"),
         (lambda: per_sample_grad(lambda w, xs: sum((w @ x).sum() for x in xs))(W, [X[0], torch.ones(5)]), "stack them"),
         (lambda: per_sample.functional(torch.nn.Linear(3, 2), torch.nn.MSELoss), r"make one: `MSELoss\(\)`"),
