@@ -70,6 +70,19 @@ def _like(x: Tensor, own: Tensor) -> Tensor:
     return x.full_tensor() if is_distributed(x) and not is_distributed(own) else x  # type: ignore[attr-defined]
 
 
+def by_first_name(tensors: Mapping[str, Tensor], own: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors by the first name of each of the module's own, as in ``named_parameters``; a tied one has several."""
+    check_shapes(tensors, own, what)
+    first = {id(own[name]): name for name in reversed(own)}
+    found: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        other = found.setdefault(first[id(own[name])], x)
+        # A `state_dict` has them all, each as a tensor of its own.
+        if not (other is x or x.is_meta or torch.equal(other, x)):
+            raise ArgumentError(f"`{what}` has different ones for {first[id(own[name])]!r} and {name!r}, which are tied.")
+    return found
+
+
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     # A tied tensor by all its names.
     parameters = resharded(module).named_parameters(remove_duplicate=False)

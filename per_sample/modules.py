@@ -18,7 +18,7 @@ from per_sample._errors import ArgumentError, BatchNormError, UnsupportedError, 
 from per_sample._fsdp import resharded
 from per_sample._ranks import is_distributed
 from per_sample._swapped import by_place, swapped, turn
-from per_sample._write_back import check_shapes, state_of
+from per_sample._write_back import by_first_name, state_of
 
 
 def functional(
@@ -134,7 +134,7 @@ class ModuleFunction:
             A function whose ``params`` lack what is bound.
 
         Raises:
-            ArgumentError: for a name that the module does not have, or another shape.
+            ArgumentError: for a name that the module does not have, another shape, or different tensors for names that are tied.
 
         Example:
             >>> import torch
@@ -143,8 +143,8 @@ class ModuleFunction:
             >>> list(loss.params), loss.frozen
             (['weight'], {'bias': tensor([1.])})
         """
-        check_shapes(tensors, state_of(self.module), "tensors")
-        return ModuleFunction(self.module, self._loss_fn, self._forward, self._has_aux, self._batch_dims, {**self._bound, **tensors})
+        bound = {**self._bound, **by_first_name(tensors, state_of(self.module), "tensors")}
+        return ModuleFunction(self.module, self._loss_fn, self._forward, self._has_aux, self._batch_dims, bound)
 
     def __call__(self, params: Mapping[str, Tensor], *batch: Any, **named: Any) -> Any:
         """The loss of one sample, with ``has_aux`` a pair; ``batch`` is the inputs, and last the target where there is a ``loss_fn``."""

@@ -533,6 +533,23 @@ def test_parts_under_two_names_compile() -> None:
         assert all(p is own[name] for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("name", ["a.weight", "b.weight", "c.weight"])
+def test_a_tied_tensor_is_bound_by_any_of_its_names(name: str) -> None:
+    model = Twice().double()
+    loss = functional(model, F.mse_loss)
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    other = torch.randn(3, 3, dtype=torch.float64)
+    bound = loss.bind({name: other})
+    assert (bound.params.keys(), bound.frozen.keys()) == ({"a.bias", "c.bias"}, {"a.weight"})
+    expected = per_sample_grad(loss)({**loss.params, "a.weight": other}, x, y)
+    step = torch.compile(lambda p, x, y: per_sample_grad(bound)(p, x, y), fullgraph=True, backend="aot_eager")
+    for found in (per_sample_grad(bound)(bound.params, x, y), step(bound.params, x, y)):
+        torch.testing.assert_close(found, {key: expected[key] for key in found})
+    assert loss.bind(model.state_dict()).frozen.keys() == {"a.weight", "a.bias", "c.bias"}
+    with pytest.raises(ArgumentError, match="which are tied"):
+        loss.bind({"a.weight": other, "c.weight": 2 * other})
+
+
 def test_an_error_in_a_compiled_program_is_itself_and_passes() -> None:
     model, (x, y) = network(), images()
     loss = functional(model, F.cross_entropy)
